@@ -1,0 +1,139 @@
+"""The command `accord`: one command a stage, and `demo`. Each becomes `python -m ray_jobs.STAGE`.
+
+Replacing the process keeps this one light (no Ray, no torch), and leaves one copy of each stage's options.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+import accord
+from accord.errors import AccordError, ConfigError
+
+DEMO_RECIPE = Path("recipes") / "sandbox" / "demo.yaml"
+
+_EPILOG = (
+    "Each command takes --recipe FILE, --set SECTION.KEY=VALUE, --run-dir and --address: see its --help."
+)
+# All options go to the job as they are, --help too.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+app = typer.Typer(
+    help=accord.__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    epilog=_EPILOG,
+)
+
+
+def run_job(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Becomes `python -m ray_jobs.MODULE`: Ctrl-C, exit status and terminal are the job's own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", f"ray_jobs.{module}", *arguments])
+
+
+def demo_recipe() -> Path:
+    """The demo's recipe, which lies beside the package in a checkout.
+
+    Raises:
+        ConfigError: when Accord was installed without its checkout.
+    """
+    path = Path(accord.__file__).resolve().parent.parent / DEMO_RECIPE
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no {path}: the recipes are not part of the installed package. Run the demo from a "
+            "checkout of Accord, or name a recipe of your own: accord loop --recipe FILE"
+        )
+    return path
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"accord {accord.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Aligns text-to-image diffusion models with human feedback, and serves the aligned models."""
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
+def demo(context: typer.Context) -> None:
+    """The paper's whole loop on the world of shapes, in minutes: images, votes, reward, tuning, report."""
+    try:
+        recipe = demo_recipe()
+    except AccordError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {error}", highlight=False)
+        raise typer.Exit(2) from None
+    run_job("loop", ["--recipe", str(recipe), *context.args])
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
+def loop(context: typer.Context) -> None:
+    """All stages of one recipe, in order; what is done already is kept."""
+    run_job("loop", context.args)
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
+def collect(context: typer.Context) -> None:
+    """Generate the images that are to be judged, and those that the reward will score."""
+    run_job("collect", context.args)
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
+def judge(context: typer.Context) -> None:
+    """Have the panel judge the images, and take a snapshot of all judgements."""
+    run_job("judge", context.args)
+
+
+@app.command("learn-reward", context_settings=_PASS_ON, rich_help_panel="Stages")
+def learn_reward(context: typer.Context) -> None:
+    """Learn the reward model from a snapshot (the paper's stage 2)."""
+    run_job("learn_reward", context.args)
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
+def score(context: typer.Context) -> None:
+    """Score all collected images with the reward model."""
+    run_job("score", context.args)
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
+def finetune(context: typer.Context) -> None:
+    """Fine-tune the diffusion model by reward-weighted likelihood (the paper's stage 3)."""
+    run_job("finetune", context.args)
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
+def evaluate(context: typer.Context) -> None:
+    """Compare base, control and aligned model over guidance scales, splits and categories."""
+    run_job("evaluate", context.args)
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
+def report(context: typer.Context) -> None:
+    """Write report.html and summary.json of a run."""
+    run_job("report", context.args)
+
+
+@app.command("pretrain-shapes", context_settings=_PASS_ON, rich_help_panel="Making the sandbox")
+def pretrain_shapes(context: typer.Context) -> None:
+    """Make the weights of the world of shapes from nothing."""
+    run_job("pretrain_shapes", context.args)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,29 @@
+"""The errors that Accord raises on purpose. A message says what was wrong, what was expected, what to do."""
+
+
+class AccordError(Exception):
+    """Base of all errors that a user can cause and mend. Anything else that escapes is a bug."""
+
+
+class ConfigError(AccordError):
+    """A recipe or a config does not say what it must say."""
+
+
+class PromptError(AccordError):
+    """A prompt outside the grammar, or a request that the grammar cannot fulfil."""
+
+
+class ArtifactError(AccordError):
+    """An artifact is missing, damaged, of another kind, or of a format that we refuse to open."""
+
+
+class ImageError(AccordError):
+    """Bytes that are no usable image."""
+
+
+class FeedbackError(AccordError):
+    """Judgements that cannot be stored, or from which nothing can be learned."""
+
+
+class StorageError(AccordError):
+    """The disk is full or a quota is reached. Nothing was changed."""
