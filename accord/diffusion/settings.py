@@ -1,0 +1,78 @@
+"""Configs of sampling and fine-tuning. No torch here, so that reading a recipe is quick."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from accord.config import Config
+
+Precision = Literal["float32", "bfloat16"]
+Weighting = Literal["raw", "threshold", "softmax"]
+
+
+class SamplerConfig(Config):
+    """How prompts and seeds become images."""
+
+    scheduler: str = "DPMSolverMultistepScheduler"
+    """Class name of any scheduler in diffusers; made from the model's own scheduler config."""
+    scheduler_options: dict[str, Any] = Field(default_factory=dict)
+    """Constructor arguments that replace those of the model's scheduler config."""
+    steps: int = Field(default=20, ge=1)
+    guidance_scale: float = Field(default=7.5, ge=0.0)
+    """Classifier-free guidance; 1 or less means none (and half the work)."""
+    negative_prompt: str = ""
+    height: int | None = Field(default=None, ge=8)
+    """Pixels; None for the size that the model was trained at."""
+    width: int | None = Field(default=None, ge=8)
+    precision: Precision = "float32"
+    """Of the UNet's forward pass (autocast); the scheduler's arithmetic is float32 either way."""
+
+
+class FinetuneConfig(Config):
+    """How a model is fine-tuned. The paper states 10,000 steps of AdamW on batches of 256 + 256, but neither
+    its beta nor its learning rate."""
+
+    objective: Literal["reward_weighted_likelihood", "pretraining_only"] = "reward_weighted_likelihood"
+    """pretraining_only: the second term of Eq. 2 alone, the control of every comparison."""
+    steps: int = Field(default=10_000, ge=1)
+    learning_rate: float = Field(default=1e-5, gt=0.0)
+    batch_size: int = Field(default=256, ge=1)
+    """Generated images a step, over all workers."""
+    pretraining_batch_size: int = Field(default=256, ge=0)
+    """Pre-training images a step, over all workers."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Parts that a worker's share of the batch is computed in; saves memory and changes nothing else."""
+    beta: float = Field(default=1.0, ge=0.0)
+    """Weight of the pre-training term in Eq. 2."""
+    weighting: Weighting = "raw"
+    threshold: float = 0.5
+    """weighting: threshold keeps the images whose reward is at least this, each with weight 1."""
+    temperature: float = Field(default=1.0, gt=0.0)
+    """weighting: softmax over the data set of reward / temperature, scaled to mean 1."""
+    timestep_power: float = Field(default=1.0, gt=0.0)
+    """Timesteps are T * u**(1 / power), u uniform: 1 is uniform, more draws towards high noise."""
+    condition_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Share of samples trained without their prompt, so that guidance goes on working."""
+    ema_decay: float = Field(default=0.999, ge=0.0, lt=1.0)
+    """Decay of the averaged weights, which are what a run hands on; 0 for no averaging."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    precision: Precision = "float32"
+    log_every: int = Field(default=10, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
+
+    @model_validator(mode="after")
+    def _terms_have_images(self) -> FinetuneConfig:
+        if self.objective == "pretraining_only" and (self.pretraining_batch_size == 0 or self.beta == 0):
+            raise ValueError(
+                "objective pretraining_only learns from pre-training images alone, so both must be above 0: "
+                f"pretraining_batch_size is {self.pretraining_batch_size}, beta is {self.beta}"
+            )
+        if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
+            raise ValueError(f"adam_betas must lie in [0, 1), got {self.adam_betas}")
+        return self
