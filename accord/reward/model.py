@@ -1,0 +1,180 @@
+"""The reward model as an artifact: a head on a CLIP that it names by digest, and its calibration.
+
+Shapes: B images, H W pixels, C = 3 channels RGB, N prompts an image, D features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from torch import Tensor
+
+from accord.artifacts import Manifest, artifact_writer, load_tensors, save_tensors, verify
+from accord.config import Config
+from accord.errors import ArtifactError
+from accord.reward.calibration import Platt
+from accord.reward.features import ClipEncoder, Pixels, unique
+from accord.reward.head import RewardHead
+from accord.reward.losses import prompt_probabilities
+from accord.reward.settings import Combine
+
+KIND = "reward_model"
+CONFIG_NAME = "config.json"
+HEAD_NAME = "head.safetensors"
+_CHUNK = 8192
+"""Pairs that go through the head at once: bounds the memory of scoring a large set."""
+
+
+class RewardModelConfig(Config):
+    """config.json of a reward model. It names its CLIP by digest; where that lies is in the manifest, so that
+    the reward model's own digest does not depend on it."""
+
+    dim: int
+    hidden_size: int
+    layers: int
+    combine: Combine
+    temperature: float
+    clip_digest: str
+    platt_slope: float | None = None
+    platt_intercept: float | None = None
+
+
+class RewardModel:
+    """r(image, prompt) in [0, 1], how well people would find that the image fits the prompt.
+
+    `calibration`, when there is one, turns a reward into the probability of "good"; it keeps the order of
+    rewards.
+    """
+
+    def __init__(
+        self,
+        head: RewardHead,
+        encoder: ClipEncoder,
+        *,
+        temperature: float = 2.0,
+        calibration: Platt | None = None,
+        digest: str = "",
+    ) -> None:
+        if head.dim != encoder.dim:
+            raise ArtifactError(
+                f"the reward head takes features of {head.dim} numbers, but {encoder.uri} gives {encoder.dim}"
+            )
+        self.head = head.to(encoder.device).eval().requires_grad_(False)
+        self.encoder, self.temperature, self.calibration = encoder, temperature, calibration
+        self.digest = digest
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        clip: str | Path | ClipEncoder | None = None,
+        device: str | torch.device = "cpu",
+    ) -> RewardModel:
+        """Loads what `save` wrote.
+
+        Args:
+            clip: where its CLIP lies now, or a loaded one; without it, where it lay when the model was saved.
+
+        Raises:
+            ArtifactError: a missing, changed or damaged reward model, or a CLIP that it was not learned with.
+        """
+        directory = Path(directory)
+        manifest = verify(directory, KIND)
+        try:
+            config = RewardModelConfig.model_validate_json((directory / CONFIG_NAME).read_bytes())
+        except (OSError, pydantic.ValidationError) as error:
+            raise ArtifactError(f"{directory / CONFIG_NAME} is damaged: {error}") from None
+        if clip is None:
+            clip = str(manifest.config["clip"])
+        encoder = clip if isinstance(clip, ClipEncoder) else ClipEncoder(clip, device)
+        if encoder.digest != config.clip_digest:
+            raise ArtifactError(
+                f"{directory} was learned on the CLIP {config.clip_digest}, but {encoder.uri} is "
+                f"{encoder.digest}: its scores would mean nothing; give the CLIP that it was learned on, or "
+                "learn the reward anew"
+            )
+        head = RewardHead(config.dim, config.hidden_size, config.layers, config.combine)
+        try:
+            head.load_state_dict(load_tensors(directory / HEAD_NAME))
+        except RuntimeError as error:
+            raise ArtifactError(f"{directory / HEAD_NAME} does not fit {CONFIG_NAME}: {error}") from None
+        platt = None
+        if config.platt_slope is not None and config.platt_intercept is not None:
+            platt = Platt(config.platt_slope, config.platt_intercept)
+        return cls(head, encoder, temperature=config.temperature, calibration=platt, digest=manifest.digest)
+
+    def save(
+        self, directory: str | Path, *, inputs: Mapping[str, str], config: Mapping[str, Any], seed: int
+    ) -> Manifest:
+        """Writes the head, config.json and a manifest; `inputs` and `config` say what it was learned from,
+        and how.
+
+        The CLIP is not copied: its digest is added to the inputs, and where it lies to the config, as "clip".
+
+        Raises StorageError for a full disk; then nothing is changed.
+        """
+        platt = self.calibration
+        content = RewardModelConfig(
+            dim=self.head.dim,
+            hidden_size=self.head.hidden,
+            layers=len(self.head.linears) - 1,
+            combine=self.head.combine,
+            temperature=self.temperature,
+            clip_digest=self.encoder.digest,
+            platt_slope=None if platt is None else platt.slope,
+            platt_intercept=None if platt is None else platt.intercept,
+        )
+        with artifact_writer(
+            directory,
+            KIND,
+            inputs={**inputs, "clip": self.encoder.digest},
+            config={**config, "clip": self.encoder.uri},
+            seed=seed,
+        ) as temporary:
+            save_tensors(temporary / HEAD_NAME, self.head.state_dict())
+            text = json.dumps(content.model_dump(mode="json"), indent=2, sort_keys=True)
+            (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        manifest = verify(directory, KIND)
+        self.digest = manifest.digest
+        return manifest
+
+    def score(self, images: Tensor | Pixels | Sequence[Pixels], prompts: Sequence[str]) -> Tensor:
+        """reward_B of each uint8 RGB image (BHWC, or a sequence of HWC) for its own prompt, on the encoder's
+        device."""
+        distinct = unique(prompts)
+        rows = {prompt: row for row, prompt in enumerate(distinct)}
+        text_KD = self.encoder.text_features(distinct)
+        return self.score_features(
+            self.encoder.image_features(images), text_KD[[rows[prompt] for prompt in prompts]]
+        )
+
+    @torch.inference_mode()
+    def score_features(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
+        """reward_B from features of this model's CLIP."""
+        if len(image_BD) != len(text_BD):
+            raise ValueError(f"{len(image_BD)} images, but {len(text_BD)} prompts: each image needs its own")
+        device = self.encoder.device
+        parts = [
+            self.head(image_BD[start : start + _CHUNK].to(device), text_BD[start : start + _CHUNK].to(device))
+            for start in range(0, len(image_BD), _CHUNK)
+        ]
+        return torch.cat(parts) if parts else torch.zeros(0, device=device)
+
+    def classify(self, image_BD: Tensor, text_BND: Tensor) -> Tensor:
+        """Eq. 1: probability_BN that each image shows the n-th of its N prompts."""
+        num_prompts = text_BND.shape[1]
+        image_PD = image_BD.repeat_interleave(num_prompts, dim=0)
+        reward_BN = self.score_features(image_PD, text_BND.flatten(0, 1)).reshape(-1, num_prompts)
+        return prompt_probabilities(reward_BN, self.temperature)
+
+    def calibrated(self, reward_B: Tensor) -> Tensor:
+        """The probability of "good" for each reward; the reward itself when the model has no calibration."""
+        if self.calibration is None:
+            return reward_B
+        return torch.from_numpy(self.calibration(reward_B.cpu().numpy())).to(reward_B)
