@@ -1,0 +1,175 @@
+"""A recipe: everything that makes a run what it is, in one YAML file, a section for each component."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, SecretStr, model_validator
+
+from accord.config import Config, load_yaml
+from accord.diffusion.settings import FinetuneConfig, SamplerConfig
+from accord.errors import ConfigError, PromptError
+from accord.evaluation.config import EvaluateConfig, prompt_plans
+from accord.prompts import Category, Grammar, Prompt, PromptPlan, Split, load_grammar
+from accord.reward.settings import RewardConfig
+
+ObjectSpec = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
+"""A Python object by name, "package.module:attribute"."""
+
+_ENVIRONMENT_SCHEME = "env:"
+
+
+class SourceConfig(Config):
+    """Captioned images, made by a function `(count, seed, **options)`; see accord.captions."""
+
+    source: ObjectSpec
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the source."""
+    count: PositiveInt
+
+
+class CollectPart(Config):
+    """Prompts of the seen split (the others are held out of all feedback), and how many images of each."""
+
+    prompts: dict[Category, NonNegativeInt]
+    images_per_prompt: dict[Category, PositiveInt]
+
+    @property
+    def plan(self) -> PromptPlan:
+        """Which prompts to draw."""
+        return PromptPlan(split=Split.SEEN, per_category=self.prompts)
+
+    @model_validator(mode="after")
+    def _each_category_has_images(self) -> Self:
+        lacking = [str(name) for name, n in self.prompts.items() if n and name not in self.images_per_prompt]
+        if lacking:
+            raise ValueError(f"prompts has {', '.join(lacking)}, for which images_per_prompt says nothing")
+        return self
+
+
+class CollectConfig(Config):
+    """The images of stage 1: those that are judged, and more that only the reward scores."""
+
+    labelled: CollectPart
+    unlabelled: CollectPart = CollectPart(prompts={}, images_per_prompt={})
+    sampler: SamplerConfig = SamplerConfig()
+    batch_size: PositiveInt = 32
+    """Images sampled together; part of what determines their exact pixels."""
+
+
+class FeedbackConfig(Config):
+    """Who judges how often, and where the judgements are kept."""
+
+    url: SecretStr | None = None
+    """SQLAlchemy URL, or "env:NAME" to read it from there; by default SQLite in the run directory."""
+    judgements_per_image: PositiveInt = 1
+    aggregation: str = "majority"
+
+
+class RayConfig(Config):
+    """How the work is spread. None of this changes a result."""
+
+    num_cpus: PositiveInt | None = None
+    """Of a Ray that is started on this machine; by default all. A cluster knows its own."""
+    num_workers: PositiveInt = 1
+    """Training workers."""
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: NonNegativeInt = 0
+    threads_per_worker: PositiveInt = 1
+    generators: PositiveInt = 1
+    """Actors that generate images."""
+    cpus_per_generator: Annotated[float, Field(gt=0)] = 1
+    gpus_per_generator: NonNegativeFloat = 0
+    threads_per_generator: PositiveInt = 1
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """How often a training is restarted after a worker died; -1 without end."""
+
+
+class TrackingConfig(Config):
+    """Where MLflow keeps the trainings' parameters and metrics."""
+
+    uri: SecretStr | None = None
+    """MLflow tracking URI, or "env:NAME"; by default SQLite in the run directory; "" tracks nothing."""
+    experiment: str = "accord"
+
+
+class Recipe(Config):
+    """A run of the method: collect, judge, learn the reward, fine-tune, evaluate."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    run_dir: Path
+    grammar: str
+    """Name of a shipped grammar, or the path of a YAML file."""
+    model: str
+    """Directory of the base model in diffusers' StableDiffusionPipeline format (a path or pkg://...)."""
+    clip: str
+    """Directory of an open_clip model, or "open_clip:ARCHITECTURE/path/to/weights.safetensors"."""
+    evaluator: ObjectSpec | None = None
+    """Factory of an accord.evaluation.protocols.Evaluator; null: `evaluate` cannot run."""
+    panel: ObjectSpec | None = None
+    """Factory of an accord.evaluation.protocols.Panel, the simulated raters; null: people judge."""
+    pretraining: SourceConfig
+    """Captioned images of the kind that the base model learned from (the second term of Eq. 2)."""
+    reference: SourceConfig | None = None
+    """Held-out real images: what generated ones are compared with for fidelity."""
+    collect: CollectConfig
+    feedback: FeedbackConfig = FeedbackConfig()
+    reward: RewardConfig = RewardConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    ray: RayConfig = RayConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def feedback_url(self, run_dir: Path) -> str:
+        """The SQLAlchemy URL of the store of judgements. It may hold a password: never print it."""
+        return _url(self.feedback.url, "feedback.url", run_dir / "feedback.db")
+
+    def tracking_uri(self, run_dir: Path) -> str:
+        """The MLflow tracking URI; empty for none. It may hold a password: never print it."""
+        return _url(self.tracking.uri, "tracking.uri", run_dir / "mlflow.db")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe; `overrides` are "section.key=value".
+
+    What would stop the run later, and can be known now, is an error now.
+
+    Raises:
+        ConfigError: an unknown key, a bad value, or more prompts than the grammar has.
+    """
+    recipe = load_yaml(Recipe, path, overrides)
+    try:
+        _check_prompts(recipe, load_grammar(recipe.grammar))
+    except PromptError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return recipe
+
+
+def _check_prompts(recipe: Recipe, grammar: Grammar) -> None:
+    """Draw all prompts once; their number does not depend on the seed."""
+
+    def draw(key: str, plans: Sequence[PromptPlan], exclude: Sequence[Prompt] = ()) -> list[Prompt]:
+        try:
+            return [prompt for plan in plans for prompt in grammar.sample(plan, recipe.seed, exclude)]
+        except PromptError as error:
+            raise PromptError(f"{key}: {error}") from None
+
+    draw("collect.labelled.prompts", [recipe.collect.labelled.plan])
+    draw("collect.unlabelled.prompts", [recipe.collect.unlabelled.plan])
+    choice = draw("evaluate.choice.prompts", prompt_plans(recipe.evaluate.choice.prompts))
+    draw("evaluate.test.prompts", prompt_plans(recipe.evaluate.test.prompts), choice)
+    draw("evaluate.best_of.prompts", prompt_plans(recipe.evaluate.best_of.prompts), choice)
+
+
+def _url(configured: SecretStr | None, key: str, sqlite_file: Path) -> str:
+    if configured is None:
+        return f"sqlite:///{sqlite_file.resolve()}"
+    url = configured.get_secret_value()
+    if not url.startswith(_ENVIRONMENT_SCHEME):
+        return url
+    name = url.removeprefix(_ENVIRONMENT_SCHEME)
+    if not os.environ.get(name):
+        raise ConfigError(f"{key} is to be read from the environment, but {name} is not set there")
+    return os.environ[name]
