@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from accord.artifacts import Manifest, artifact_writer, load_tensors, read_manifest, save_tensors, verify
-from accord.errors import ArtifactError, ConfigError
+from accord.errors import ArtifactError
+from accord.training import refuse_another_run
 
 if TYPE_CHECKING:
     from accord.diffusion.finetune import Finetuner
@@ -41,7 +42,7 @@ def load(finetuner: Finetuner, directory: str | Path) -> None:
     manifest = verify(directory, KIND)
     stored = dict(manifest.config) | manifest.inputs | {"seed": manifest.seed}
     step = int(stored.pop("step"))
-    _refuse_another_run(stored, _config(finetuner) | finetuner.identity | {"seed": finetuner.seed}, directory)
+    refuse_another_run(stored, _config(finetuner) | finetuner.identity | {"seed": finetuner.seed}, directory)
     tensors = load_tensors(Path(directory) / "state.safetensors")
     names = [name for name, _ in finetuner.unet.named_parameters()]
     try:
@@ -63,13 +64,3 @@ def load(finetuner: Finetuner, directory: str | Path) -> None:
 
 def _config(finetuner: Finetuner) -> dict[str, Any]:
     return {k: v for k, v in finetuner.config.model_dump(mode="json").items() if k not in FREE_KEYS}
-
-
-def _refuse_another_run(stored: dict[str, Any], wanted: dict[str, Any], directory: str | Path) -> None:
-    differing = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
-    if differing:
-        changes = ", ".join(f"{key} ({stored.get(key)} -> {wanted.get(key)})" for key in differing)
-        raise ConfigError(
-            f"{directory}: this checkpoint was made with other settings: {changes}. Going on would mix two "
-            "runs: set them back, or start a new run in another directory."
-        )

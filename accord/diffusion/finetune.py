@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -39,8 +38,9 @@ from accord.diffusion.objectives import (
 from accord.diffusion.sample import autocast
 from accord.diffusion.settings import FinetuneConfig
 from accord.errors import ConfigError, FeedbackError
+from accord.training import generator_for, scheduled_rate
 
-__all__ = ["FinetuneConfig", "FinetuneData", "Finetuner", "learning_rate_at"]
+__all__ = ["FinetuneConfig", "FinetuneData", "Finetuner"]
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,6 @@ class _Batch:
     text_BTD: Tensor
     weight_B: Tensor  # 0 for pre-training images
     is_model_B: Tensor  # 1.0 generated, 0.0 pre-training
-
-
-def learning_rate_at(config: FinetuneConfig, step: int) -> float:
-    """Linear warm-up, then constant, or a cosine from learning_rate to 0 at `steps`."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
 
 class Finetuner:
@@ -166,7 +156,14 @@ class Finetuner:
 
     def update(self) -> dict[str, Tensor]:
         """Clips the gradients, steps AdamW, averages the weights."""
-        rate = learning_rate_at(self.config, self.step_index)
+        config = self.config
+        rate = scheduled_rate(
+            config.learning_rate,
+            config.schedule,
+            self.step_index,
+            config.steps,
+            warmup_steps=config.warmup_steps,
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
@@ -220,7 +217,7 @@ class Finetuner:
         """
         config, data = self.config, self.data
         total = self.num_model + self.num_pretraining
-        generator = _generator(self.seed, step)
+        generator = generator_for(self.seed, step)
         model_index = self.kept_indices[_choose(len(self.kept_indices), self.num_model, generator)]
         pretraining_index = _choose(len(data.pretraining_latents_MCHW), self.num_pretraining, generator)
         levels = len(self.alphas_cumprod_T)
@@ -246,7 +243,7 @@ class Finetuner:
         )
         shape = latents_BCHW.shape[1:]
         noise_BCHW = self._put(
-            torch.stack([torch.randn(shape, generator=_generator(self.seed, step, i)) for i in positions])
+            torch.stack([torch.randn(shape, generator=generator_for(self.seed, step, i)) for i in positions])
         )
         timesteps_B, dropped_B = self._put(timesteps[mine]), self._put(dropped[mine])
         text_BTD = torch.where(dropped_B[:, None, None], self.empty_text_TD, self.text_KTD[text_index_B])
@@ -289,12 +286,6 @@ class Finetuner:
 
     def _put(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
-
-
-def _generator(seed: int, *stream: int) -> torch.Generator:
-    """A generator of its own for each (seed, step) and (seed, step, sample)."""
-    state = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
 def _choose(population: int, count: int, generator: torch.Generator) -> Tensor:

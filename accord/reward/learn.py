@@ -14,13 +14,11 @@ prompts, D features, H hidden units, P pairs of an image and a prompt.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -32,8 +30,9 @@ from accord.reward.data import RewardData, build_reward_data, require_both_label
 from accord.reward.head import RewardHead
 from accord.reward.losses import GOOD, prompt_probabilities, reward_loss
 from accord.reward.settings import RewardConfig
+from accord.training import generator_for, refuse_another_run, scheduled_rate
 
-__all__ = ["RewardConfig", "RewardData", "RewardLearner", "build_reward_data", "learning_rate_at"]
+__all__ = ["RewardConfig", "RewardData", "RewardLearner", "build_reward_data"]
 
 CHECKPOINT_KIND = "reward_checkpoint"
 # What may differ between two legs of a run: when it reports and saves.
@@ -52,13 +51,6 @@ class _Batch:
     mask_BLH: Tensor | None
     weight_sum: float  # of the whole batch
     good_weight_sum: float
-
-
-def learning_rate_at(config: RewardConfig, step: int) -> float:
-    """Constant, or a cosine from learning_rate at step 0 towards 0 at `steps`."""
-    if config.schedule == "constant":
-        return config.learning_rate
-    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(step / config.steps, 1.0)))
 
 
 class RewardLearner:
@@ -92,7 +84,7 @@ class RewardLearner:
         require_both_labels(self.label_N[self.train_indices].tolist(), "the part of the snapshot to train on")
         dim = self.image_ND.shape[1]
         self.head = RewardHead(
-            dim, config.hidden_size, config.layers, config.combine, _generator(seed, "head")
+            dim, config.hidden_size, config.layers, config.combine, generator_for(seed, "head", 0)
         )
         self.head.to(self.device)
         self.forward_head = wrap(self.head) if wrap else self.head
@@ -124,7 +116,9 @@ class RewardLearner:
     def update(self) -> None:
         """Steps AdamW."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.config, self.step_index)
+            group["lr"] = scheduled_rate(
+                self.config.learning_rate, self.config.schedule, self.step_index, self.config.steps
+            )
         self.optimizer.step()
         self.step_index += 1
 
@@ -191,7 +185,7 @@ class RewardLearner:
         manifest = verify(directory, CHECKPOINT_KIND)
         stored = dict(manifest.config) | manifest.inputs | {"seed": manifest.seed}
         step = int(stored.pop("step"))
-        _refuse_another_run(stored, _settings(self.config) | self.identity | {"seed": self.seed}, directory)
+        refuse_another_run(stored, _settings(self.config) | self.identity | {"seed": self.seed}, directory)
         tensors = load_tensors(Path(directory) / "state.safetensors")
         keys = ("step", "exp_avg", "exp_avg_sq") if step > 0 else ()
         state: dict[int, dict[str, Tensor]] = {}
@@ -216,7 +210,7 @@ class RewardLearner:
         mask_BLH = None
         if config.dropout > 0:
             shape = (len(drawn), config.layers, config.hidden_size)
-            keep = torch.rand(shape, generator=_generator(self.seed, "dropout", step)) >= config.dropout
+            keep = torch.rand(shape, generator=generator_for(self.seed, "dropout", step)) >= config.dropout
             mask_BLH = (keep.float() / (1 - config.dropout))[self.rank :: self.world_size]
         weight, good = self.weight_N[drawn], self.label_N[drawn] > GOOD
         mine = drawn[self.rank :: self.world_size]
@@ -285,7 +279,9 @@ def split(label_N: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     train, validation = [], []
     for name, inside_N in (("good", label_N > GOOD), ("bad", label_N <= GOOD)):
         indices = torch.nonzero(inside_N).flatten()
-        shuffled = indices[torch.randperm(len(indices), generator=_generator(seed, f"validation {name}"))]
+        shuffled = indices[
+            torch.randperm(len(indices), generator=generator_for(seed, f"validation {name}", 0))
+        ]
         count = min(round(fraction * len(indices)), max(len(indices) - 1, 0))
         validation.append(shuffled[:count])
         train.append(shuffled[count:])
@@ -296,29 +292,13 @@ def _choose(population: int, count: int, step: int, seed: int) -> Tensor:
     """Places step * count .. (step + 1) * count of an endless row of shuffled epochs."""
     first, last = step * count, (step + 1) * count
     epochs = range(first // population, (last - 1) // population + 1)
-    places = [torch.randperm(population, generator=_generator(seed, "epoch", epoch)) for epoch in epochs]
+    places = [torch.randperm(population, generator=generator_for(seed, "epoch", epoch)) for epoch in epochs]
     offset = first - epochs[0] * population
     return torch.cat(places)[offset : offset + count]
 
 
-def _generator(seed: int, purpose: str, number: int = 0) -> torch.Generator:
-    """A generator of its own for each purpose and number."""
-    state = np.random.SeedSequence([seed, *purpose.encode(), number]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
-
-
 def _settings(config: RewardConfig) -> dict[str, Any]:
     return {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE_KEYS}
-
-
-def _refuse_another_run(stored: dict[str, Any], wanted: dict[str, Any], directory: str | Path) -> None:
-    differing = sorted(key for key in stored.keys() | wanted.keys() if stored.get(key) != wanted.get(key))
-    if differing:
-        changes = ", ".join(f"{key} ({stored.get(key)} -> {wanted.get(key)})" for key in differing)
-        raise ConfigError(
-            f"{directory}: this checkpoint was made with other settings: {changes}. Going on would mix two "
-            "runs: set them back, or start a new run in another directory."
-        )
 
 
 def _check(data: RewardData, config: RewardConfig, world_size: int) -> None:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from accord.artifacts import load_tensors, save_tensors, verify
 from accord.diffusion.encode import encode_images, encode_prompts
-from accord.diffusion.finetune import FinetuneConfig, FinetuneData, Finetuner, learning_rate_at
+from accord.diffusion.finetune import FinetuneConfig, FinetuneData, Finetuner
 from accord.diffusion.model import DiffusionModel, load_diffusion_model, save_diffusion_model
 from accord.diffusion.sample import SamplerConfig, sample_images
 from accord.errors import ConfigError, FeedbackError, StorageError
@@ -215,13 +215,6 @@ def test_the_model_given_is_left_alone(tiny_model: DiffusionModel) -> None:
     tuner.step()
     assert all(torch.equal(a, b) for a, b in zip(before, tiny_model.unet.parameters(), strict=True))
     assert not torch.equal(before[0], tuner.parameters[0])
-
-
-def test_learning_rate_by_hand() -> None:
-    warm = config(steps=10, learning_rate=0.8, warmup_steps=3, schedule="constant")
-    assert [learning_rate_at(warm, s) for s in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
-    cosine = config(steps=8, learning_rate=1.0, schedule="cosine")
-    assert [learning_rate_at(cosine, s) for s in (0, 2, 4, 8)] == pytest.approx([1, 0.853553, 0.5, 0.0])
 
 
 def test_threshold_draws_kept_images_only(tiny_model: DiffusionModel) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from accord.errors import ArtifactError, ConfigError, FeedbackError
 from accord.reward.data import RewardData
-from accord.reward.learn import RewardConfig, RewardLearner, learning_rate_at, split
+from accord.reward.learn import RewardConfig, RewardLearner, split
 
 NUM_TEXTS, DIM = 6, 12
 
@@ -301,13 +301,6 @@ def test_calibration_needs_validation_images() -> None:
     without = RewardLearner(make_data(), make_config(validation_fraction=0.0), seed=0)
     assert without.calibration() is None
     assert without.validate() == {}
-
-
-def test_learning_rate_follows_the_schedule() -> None:
-    config = make_config(steps=4, learning_rate=1.0)
-    rates = [learning_rate_at(config, step) for step in range(5)]
-    assert rates == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466, 0.0])
-    assert learning_rate_at(make_config(schedule="constant", learning_rate=0.3), 7) == 0.3
 
 
 def test_trained_head_is_a_frozen_copy() -> None:
