@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch and Ray are imported: tests are tiny, and threads that wait for one another slow them down.
@@ -14,6 +15,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+from accord.recipe import RayConfig
+from ray_jobs import cluster
 from tests.lanes import missing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,3 +39,12 @@ def root() -> Path:
 def session_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory for what is costly to make and is made once a session."""
     return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayConfig]:
+    """A local cluster of two CPUs, which all tests that need Ray share."""
+    config = RayConfig(num_cpus=2)
+    with cluster.connect():
+        cluster.ensure(config)
+        yield config

@@ -1,0 +1,118 @@
+"""The command line that all stages share, and how they end."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shlex
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from accord.recipe import Recipe, load_recipe
+from ray_jobs import cluster, stages
+from ray_jobs.progress import say
+
+RecipeOption = Annotated[Path, typer.Option("--recipe", help="The run's YAML file.", dir_okay=False)]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replaces a value of the recipe.")
+]
+RunDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", help="Where the run lives; by default the recipe's run_dir.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        help="A Ray cluster to join (auto, HOST:PORT, ray://HOST:PORT), or whose Jobs API gets the command "
+        "(http://HOST:8265). By default Ray starts on this machine.",
+    ),
+]
+FreshOption = Annotated[
+    bool,
+    typer.Option(
+        "--fresh", help="Starts this stage and those after it over. Images and people's votes stay."
+    ),
+]
+
+
+def main(name: str) -> None:
+    """The command of `ray_jobs.NAME`: its `run(recipe, run_dir)` does the work, its docstring is the help.
+
+    The module is imported anew under its own name: what `__main__` defines could not be sent to a Ray worker.
+    """
+    module = importlib.import_module(f"ray_jobs.{name}")
+
+    def command(
+        recipe: RecipeOption,
+        overrides: SetOption = [],  # noqa: B006 - typer reads the default and never changes it
+        run_dir: RunDirOption = None,
+        address: AddressOption = None,
+        fresh: FreshOption = False,
+    ) -> None:
+        raise typer.Exit(
+            guarded(lambda: _execute(name, module.run, recipe, overrides, run_dir, address, fresh))
+        )
+
+    command.__doc__ = module.__doc__
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    app(prog_name=f"accord {name.replace('_', '-')}")
+
+
+def _execute(
+    name: str,
+    run: Callable[[Recipe, Path], Any],
+    recipe: Path,
+    overrides: list[str],
+    run_dir: Path | None,
+    address: str | None,
+    fresh: bool,
+) -> int:
+    settings = load_recipe(recipe, overrides)
+    if cluster.is_job_address(address):
+        arguments = [part for override in overrides for part in ("--set", override)]
+        arguments += ["--run-dir", str(run_dir or settings.run_dir), *(["--fresh"] if fresh else [])]
+        return cluster.run_as_job(str(address), name, recipe, arguments)
+    directory = (run_dir or settings.run_dir).expanduser().resolve()
+    if fresh:
+        stages.start_over(directory, name, settings)
+    with cluster.connect(address):
+        run(settings, directory)
+    return 0
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """The exit code: 2 with one message for what the user can mend, 130 for Ctrl-C. A bug is raised."""
+    _quieten()
+    # What an orchestrator sends means the same as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return work()
+    except KeyboardInterrupt:
+        say(f"\nStopped. Nothing is lost; go on with the same command:\n  {_own_command()}")
+        return 130
+    except Exception as error:
+        known = cluster.accord_error(error)
+        if known is None:
+            raise
+        say(f"Error: {known}")
+        return 2
+
+
+def _own_command() -> str:
+    arguments = [argument for argument in sys.argv[1:] if argument != "--fresh"]
+    return f"python -m ray_jobs.{Path(sys.argv[0]).stem} {shlex.join(arguments)}"
+
+
+def _quieten() -> None:
+    """What libraries tell their developers is not for our users."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for library in ("transformers", "diffusers", "mlflow", "alembic"):
+        logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,0 +1,226 @@
+"""The Ray cluster of a run: started on this machine, or one that is already there."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from accord.config import redact_url
+from accord.errors import AccordError, ConfigError
+
+if TYPE_CHECKING:  # the recipe is light, Ray is not: it is imported when a stage has work to do
+    from accord.recipe import RayConfig
+
+# Read by libraries when they are imported. The first makes reports of training cost milliseconds instead of
+# two seconds; the others keep libraries from filling the terminal and from asking the network.
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+T = TypeVar("T")
+ADDRESS_VARIABLE = "ACCORD_RAY_ADDRESS"
+
+
+def prepare_environment() -> None:
+    """Sets what Ray reads when it is imported; what the user has set stays."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def connect(address: str | None = None) -> Iterator[None]:
+    """Chooses the cluster that `ensure` connects to; on leaving, disconnects if `ensure` has connected.
+
+    `address` is that of a running cluster ("auto", "host:6379", "ray://..."), or None for one of our own on
+    this machine. A loop whose stages are all done never starts Ray.
+    """
+    prepare_environment()
+    before = os.environ.get(ADDRESS_VARIABLE)
+    if address:
+        os.environ[ADDRESS_VARIABLE] = address
+    was_connected = is_connected()
+    try:
+        yield
+    finally:
+        if is_connected() and not was_connected:
+            import ray
+
+            ray.shutdown()
+        if address:
+            os.environ.pop(ADDRESS_VARIABLE)
+            if before is not None:
+                os.environ[ADDRESS_VARIABLE] = before
+
+
+def is_connected() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+def ensure(config: RayConfig) -> None:
+    """Connects to the chosen cluster, once. Raises ConfigError when there is none at that address."""
+    prepare_environment()
+    import ray
+    from ray.data import DataContext
+
+    if not ray.is_initialized():
+        address = os.environ.get(ADDRESS_VARIABLE)
+        if not address:  # Ray's C++ parts write warnings for Ray's developers to the terminal
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        options: dict[str, Any] = {} if address else {"num_cpus": config.num_cpus, "include_dashboard": False}
+        try:
+            with _quiet_stderr():
+                ray.init(
+                    address=address or "local",
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **options,
+                )
+        except ConnectionError as error:
+            raise ConfigError(
+                f"no Ray cluster answers at {redact_url(str(address))!r}: {error}. "
+                "Start one with `ray start --head`, or leave --address away to use this machine."
+            ) from error
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    DataContext.get_current().enable_progress_bars = False
+    DataContext.get_current().print_on_execution_start = False
+
+
+def has_room(config: RayConfig, trainings: int) -> bool:
+    """Whether that many trainings fit on the cluster at once."""
+    import ray
+
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus = max(config.cpus_per_worker, config.threads_per_worker) * config.num_workers
+    gpus = config.gpus_per_worker * config.num_workers
+    return trainings * cpus <= there.get("CPU", 0) and trainings * gpus <= there.get("GPU", 0)
+
+
+def on_device(config: RayConfig, function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)` where a training worker would run: here without GPUs, else as a task that gets
+    one.
+
+    For work of seconds to minutes between the stages, such as encoding images; what it makes, it writes to
+    files.
+    """
+    if config.gpus_per_worker == 0:
+        return function(*arguments)
+    ensure(config)
+    import ray
+
+    task = ray.remote(num_cpus=config.cpus_per_worker, num_gpus=1)(function)
+    result: T = ray.get(task.remote(*arguments))
+    return result
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Hides what Ray's C++ parts print while they start; errors still arrive as exceptions."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def accord_error(error: BaseException) -> AccordError | None:
+    """The AccordError inside an error that crossed Ray (RayTaskError, WorkerGroupError, ...), if there is
+    one.
+    """
+    seen: set[int] = set()
+    waiting: list[object] = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        # RayTaskError makes classes that inherit from the cause as well: the cause itself has the clean
+        # message
+        cause = getattr(current, "cause", None)
+        if isinstance(current, AccordError) and not isinstance(cause, BaseException):
+            return current
+        failures = getattr(current, "worker_failures", None) or {}
+        waiting += [cause, *failures.values(), getattr(current, "controller_failure", None)]
+        waiting.append(current.__cause__)  # not __context__: a bug in handling an AccordError is a bug
+    return None
+
+
+def is_job_address(address: str | None) -> bool:
+    """Whether the address is that of a cluster's Jobs API, not one that a driver can join."""
+    return bool(address) and str(address).startswith(("http://", "https://"))
+
+
+def run_as_job(address: str, name: str, recipe: Path, arguments: Sequence[str]) -> int:
+    """Runs `python -m ray_jobs.NAME` on a cluster by its Jobs API and follows its log; its exit code.
+
+    The recipe is uploaded; the code is that of the cluster's image. The job's id follows from the recipe and
+    the arguments, so the same command given again follows the job that runs already.
+    """
+    prepare_environment()
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(f"no Ray Jobs API answers at {redact_url(address)!r}: {error}") from error
+    entrypoint = shlex.join(["python", "-m", f"ray_jobs.{name}", "--recipe", "recipe.yaml", *arguments])
+    job = _unfinished_job(client, f"accord-{name}-" + _digest(recipe.read_bytes() + entrypoint.encode()))
+    if job is not None:
+        print(f"Following the job {job} at {redact_url(address)}, which runs already.")
+    else:
+        job = _new_job_id(client, f"accord-{name}-" + _digest(recipe.read_bytes() + entrypoint.encode()))
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "recipe.yaml").write_bytes(recipe.read_bytes())
+            client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env={"working_dir": folder})
+        print(f"Submitted the job {job} to {redact_url(address)}.")
+    try:
+        asyncio.run(_follow(client, job))
+    except KeyboardInterrupt:
+        print(f"\nThe job {job} goes on. The same command follows it again; `ray job stop {job}` stops it.")
+        return 130
+    return 0 if str(client.get_job_status(job)) == "SUCCEEDED" else 1
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def _attempts(client: object, prefix: str) -> dict[str, str]:
+    jobs = client.list_jobs()  # type: ignore[attr-defined]
+    found = {str(job.submission_id): str(job.status) for job in jobs if job.submission_id}
+    return {job: status for job, status in found.items() if job.rpartition("-")[0] == prefix}
+
+
+def _unfinished_job(client: object, prefix: str) -> str | None:
+    attempts = _attempts(client, prefix)
+    return next((job for job, status in sorted(attempts.items()) if status in ("PENDING", "RUNNING")), None)
+
+
+def _new_job_id(client: object, prefix: str) -> str:
+    return f"{prefix}-{len(_attempts(client, prefix)) + 1}"
+
+
+async def _follow(client: object, job: str) -> None:
+    async for lines in client.tail_job_logs(job):  # type: ignore[attr-defined]
+        print(lines, end="", flush=True)

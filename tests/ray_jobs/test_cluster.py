@@ -1,0 +1,80 @@
+"""Errors that crossed Ray are found again, and nothing else is taken for one of ours."""
+
+import os
+
+import pytest
+
+from accord.errors import ConfigError, FeedbackError
+from accord.recipe import RayConfig
+from ray_jobs import _cli, cluster
+
+
+def test_an_error_of_a_training_worker_is_found() -> None:
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    inner = FeedbackError("only good labels")
+    assert cluster.accord_error(WorkerGroupError("rank 1", {1: inner})) is inner
+    assert cluster.accord_error(ControllerError(WorkerGroupError("rank 1", {1: inner}))) is inner
+
+
+def test_an_error_of_a_task_is_found_without_its_remote_traceback() -> None:
+    from ray.exceptions import RayTaskError
+
+    inner = ConfigError("no such scheduler")
+    crossed = RayTaskError("generate", "Traceback ...", inner).as_instanceof_cause()
+    assert cluster.accord_error(crossed) is inner
+
+
+def test_a_bug_stays_a_bug() -> None:
+    assert cluster.accord_error(ValueError("boom")) is None
+    bug = KeyError("a bug in the handler of an error of ours")
+    bug.__context__ = FeedbackError("handled")
+    assert cluster.accord_error(bug) is None
+
+
+def test_room_counts_workers_threads_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    assert cluster.has_room(RayConfig(num_workers=2), 2)
+    assert not cluster.has_room(RayConfig(num_workers=3), 2)
+    assert not cluster.has_room(RayConfig(num_workers=2, threads_per_worker=2), 2)
+    assert not cluster.has_room(RayConfig(gpus_per_worker=1), 2)
+
+
+def test_the_chosen_address_is_forgotten_afterwards() -> None:
+    with cluster.connect("host:6379"):
+        assert os.environ[cluster.ADDRESS_VARIABLE] == "host:6379"
+    assert cluster.ADDRESS_VARIABLE not in os.environ
+
+
+def test_known_errors_end_in_one_message_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise ConfigError("the recipe has no panel")
+
+    assert _cli.guarded(fail) == 2
+    shown = capsys.readouterr().err
+    assert "Error: the recipe has no panel" in shown
+    assert "Traceback" not in shown
+
+
+def test_ctrl_c_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/x/ray_jobs/collect.py", "--recipe", "my recipe.yaml", "--fresh"])
+
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert _cli.guarded(interrupted) == 130
+    shown = capsys.readouterr().err
+    assert "python -m ray_jobs.collect --recipe 'my recipe.yaml'" in shown
+    assert "--fresh" not in shown
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def bug() -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        _cli.guarded(bug)

@@ -1,0 +1,62 @@
+"""Any number of workers trains the same model, and so does a training that was interrupted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from accord.artifacts import load_tensors
+from accord.errors import FeedbackError
+from accord.recipe import RayConfig
+from ray_jobs import train as jobs
+from ray_jobs.train import Training, train
+from tests.ray_jobs.training import STEPS
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def training(name: str, model: Path, build: str = "build", **arguments: object) -> Training:
+    return Training(
+        name=name,
+        build=f"tests.ray_jobs.training:{build}",
+        arguments={"model": str(model), **arguments},
+        steps=STEPS,
+        log_every=1,
+        checkpoint_every=2,
+        title=name,
+    )
+
+
+def test_workers_and_interruptions_change_nothing(
+    tmp_path: Path, model: Path, ray_cluster: RayConfig
+) -> None:
+    mortal = training("mortal", model, dies_after=5, grave=str(tmp_path / "grave"))
+    whole, resumed = train([training("whole", model), mortal], tmp_path, ray_cluster)
+    (shared,) = train(
+        [training("shared", model)], tmp_path, ray_cluster.model_copy(update={"num_workers": 2})
+    )
+    assert (tmp_path / "grave").exists()
+
+    expected, same, close = (load_tensors(path / "state.safetensors") for path in (whole, resumed, shared))
+    assert expected.keys() == same.keys() == close.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(same[name], tensor), name
+        torch.testing.assert_close(close[name], tensor, rtol=1e-3, atol=1e-5)
+
+    losses = [json.loads((tmp_path / name / "progress.json").read_text()) for name in ("whole", "shared")]
+    assert losses[0]["step"] == losses[1]["step"] == STEPS
+    assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-4)
+
+
+def test_an_error_in_building_arrives_as_itself_and_is_not_retried(
+    tmp_path: Path, model: Path, ray_cluster: RayConfig
+) -> None:
+    with pytest.raises(FeedbackError, match=r"^only good labels$"):
+        train([training("nothing", model, build="build_nothing")], tmp_path, ray_cluster)
+
+
+def test_a_half_written_list_of_checkpoints_starts_over(tmp_path: Path) -> None:
+    (tmp_path / jobs.SNAPSHOT).write_text('{"checkpoint_results": [')
+    jobs._heal(tmp_path)
+    assert not tmp_path.exists()
