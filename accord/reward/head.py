@@ -43,6 +43,9 @@ class RewardHead(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         for linear in self.linears:
             _initialise(linear, generator)
+        # Every reward starts at 1/2. A random last layer starts saturated where good images are few: the
+        # gradient of the squared error then vanishes through the sigmoid, and all rewards stay at 0.
+        nn.init.zeros_(self.linears[-1].weight)
 
     def logits(self, image: Tensor, text: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
         """The reward before the sigmoid: image (..., D), text (..., D) -> (...).

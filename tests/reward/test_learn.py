@@ -62,10 +62,10 @@ def weights(learner: RewardLearner) -> list[torch.Tensor]:
 def test_learns_a_separable_set_and_does_well_on_held_out_images(combine: str) -> None:
     data = make_data(256)
     learner = RewardLearner(
-        data, make_config(combine=combine, steps=200, batch_size=64, hidden_size=64), seed=0
+        data, make_config(combine=combine, steps=300, batch_size=64, hidden_size=64), seed=0
     )
     before = learner.validate()
-    losses = train(learner, 200)
+    losses = train(learner, 300)
     after = learner.validate()
     assert losses[-1] < 0.5 * losses[0]
     assert before["validation_accuracy"] < 0.8
