@@ -96,10 +96,10 @@ def test_mistakes(override: str, expected: str) -> None:
 
 
 def test_test_prompts_leave_room_for_those_of_the_choice() -> None:
-    enough = ["evaluate.test.prompts.seen.count=13"]  # of 15, of which the choice has 2
-    assert load_recipe(DEMO, enough).evaluate.test.prompts[Split.SEEN][Category.COUNT] == 13
+    enough = ["evaluate.test.prompts.seen.count=14"]  # of 15, of which the choice has 1
+    assert load_recipe(DEMO, enough).evaluate.test.prompts[Split.SEEN][Category.COUNT] == 14
     with pytest.raises(ConfigError, match="not used elsewhere"):
-        load_recipe(DEMO, ["evaluate.test.prompts.seen.count=14"])
+        load_recipe(DEMO, ["evaluate.test.prompts.seen.count=15"])
 
 
 def test_stores_lie_in_the_run_directory_by_default(tmp_path: Path) -> None:

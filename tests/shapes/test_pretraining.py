@@ -28,7 +28,7 @@ def tiny(output: Path) -> build.PretrainConfig:
         output=output,
         scenes=SceneConfig(count=24),
         vae=TINY_VAE,
-        evaluator=EvaluatorConfig(scenes=24, steps=2, batch_size=8),
+        evaluator=EvaluatorConfig(scenes=24, steps=2, batch_size=16),
         clip=ClipConfig(steps=2, batch_size=12),
         diffusion=DiffusionConfig(steps=2, batch_size=4, channels=(32, 32), text_width=32, probe_every=100),
     )

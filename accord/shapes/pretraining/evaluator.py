@@ -105,9 +105,9 @@ def spoil(
     labels[:junk] = 0
     labels[:junk, names.index("background")] = UNKNOWN  # junk may well lie on a plain background
     images[junk : junk + blobs] = _warp(images_BCHW[junk : junk + blobs], generator)
-    images[junk + blobs : junk + blobs + mixed] = _hybrid(
-        scenes[junk + blobs : junk + blobs + mixed], generator
-    )
+    if mixed:
+        chosen = slice(junk + blobs, junk + blobs + mixed)
+        images[chosen] = _hybrid(scenes[chosen], generator)
     labels[junk : junk + blobs + mixed, names.index("object")] = 0
     labels[junk : junk + blobs + mixed, names.index("count")] = UNKNOWN  # halves and blobs may touch
     return images, labels
