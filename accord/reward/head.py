@@ -43,9 +43,11 @@ class RewardHead(nn.Module):
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         for linear in self.linears:
             _initialise(linear, generator)
+        last = self.linears[-1]
+        assert isinstance(last, nn.Linear)
         # Every reward starts at 1/2. A random last layer starts saturated where good images are few: the
         # gradient of the squared error then vanishes through the sigmoid, and all rewards stay at 0.
-        nn.init.zeros_(self.linears[-1].weight)
+        nn.init.zeros_(last.weight)
 
     def logits(self, image: Tensor, text: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
         """The reward before the sigmoid: image (..., D), text (..., D) -> (...).
