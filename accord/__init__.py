@@ -1,3 +1,3 @@
-"""Accord aligns text-to-image diffusion models with human feedback, and serves the aligned models."""
+"""Accord aligns text-to-image diffusion models with human feedback."""
 
 __version__ = "0.1.0"

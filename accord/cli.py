@@ -67,7 +67,7 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
     ] = False,
 ) -> None:
-    """Aligns text-to-image diffusion models with human feedback, and serves the aligned models."""
+    """Aligns text-to-image diffusion models with human feedback."""
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Start here")

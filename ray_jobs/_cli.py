@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from accord.config import load_object
+from accord.errors import ConfigError
 from accord.recipe import Recipe, load_recipe
 from ray_jobs import cluster, stages
 from ray_jobs.progress import say
@@ -80,11 +82,22 @@ def _execute(
         arguments += ["--run-dir", str(run_dir or settings.run_dir), *(["--fresh"] if fresh else [])]
         return cluster.run_as_job(str(address), name, recipe, arguments)
     directory = (run_dir or settings.run_dir).expanduser().resolve()
+    _check(settings, directory)
     if fresh:
         stages.start_over(directory, name, settings)
     with cluster.connect(address):
         run(settings, directory)
     return 0
+
+
+def _check(recipe: Recipe, run_dir: Path) -> None:
+    """What would stop a later stage, and can be known now, is an error now."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"{run_dir} is a file; --run-dir names the directory that the run lives in")
+    sources = [part.source for part in (recipe.pretraining, recipe.reference) if part is not None]
+    for spec in (recipe.evaluator, recipe.panel, *sources):
+        if spec is not None:
+            load_object(spec)
 
 
 def guarded(work: Callable[[], int]) -> int:

@@ -147,6 +147,8 @@ def start_over(run_dir: Path, command: str, recipe: Recipe) -> None:
     if "judge" in after and recipe.panel is not None and recipe.feedback.url is None:
         for path in run_dir.glob("feedback.db*"):
             path.unlink()
+    for name in ("report.html", "summary.json"):  # they would describe what is no longer there
+        (run_dir / name).unlink(missing_ok=True)
     if run_dir.exists():
         write_json(
             run_dir / "seconds.json",

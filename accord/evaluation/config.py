@@ -46,7 +46,9 @@ class TestConfig(Config):
     @model_validator(mode="after")
     def _quorum_is_a_majority(self) -> Self:
         if not self.raters / 2 < self.quorum <= self.raters:
-            raise ValueError(f"quorum is {self.quorum}: of {self.raters} raters it must be more than half")
+            raise ValueError(
+                f"quorum is {self.quorum}: of {self.raters} raters it must be more than half, and at most all"
+            )
         return self
 
 

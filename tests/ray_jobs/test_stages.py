@@ -1,5 +1,7 @@
 """Stages are skipped when done, refuse another configuration, and know how long they took."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -96,6 +98,27 @@ def test_starting_over_removes_this_stage_and_later_ones_only(tmp_path: Path, re
     assert left == {"candidates", "feedback.db", "images", "seconds.json", "train"}
     assert not (run_dir / "train" / "aligned").exists()
     assert read_seconds(run_dir) == {"collect": 1.0}
+
+
+def test_starting_over_removes_the_report_of_what_is_gone(tmp_path: Path, recipe_path: Path) -> None:
+    for name in ("report.html", "summary.json"):
+        (tmp_path / name).write_text("old")
+    start_over(tmp_path, "finetune", load_recipe(recipe_path))
+    assert not (tmp_path / "report.html").exists()
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_what_a_later_stage_would_meet_is_an_error_at_once(tmp_path: Path, recipe_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for options, message in (
+        (["--run-dir", str(tmp_path / "file")], "is a file; --run-dir names the directory"),
+        (["--set", "evaluator=foo.bar:baz"], "foo.bar"),
+    ):
+        command = [sys.executable, "-m", "ray_jobs.collect", "--recipe", str(recipe_path), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr + done.stdout
+        assert "Traceback" not in done.stderr
 
 
 def test_votes_of_people_are_never_removed(tmp_path: Path, recipe_path: Path) -> None:
