@@ -22,8 +22,9 @@ from PIL import Image
 
 from accord.artifacts import Manifest, artifact_writer, read_manifest, verify
 from accord.config import Config, load_object, resolve_path
-from accord.errors import ArtifactError, ConfigError, ImageError
+from accord.errors import ConfigError, ImageError
 from accord.images import Pixels, decode_image, encode_png
+from accord.tables import read_table
 
 CAPTIONED_KIND = "captioned_images"
 CAPTIONED_NAME = "captioned.parquet"
@@ -171,14 +172,7 @@ def read_captioned(directory: str | Path) -> tuple[list[bytes], list[str]]:
         ArtifactError: it is missing, was changed, or is something else.
     """
     verify(directory, CAPTIONED_KIND)
-    path = Path(directory) / CAPTIONED_NAME
-    try:
-        with pq.ParquetFile(path) as file:
-            table = file.read()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ArtifactError(f"{path} is no Parquet file: {error}") from None
-    if not table.schema.equals(_SCHEMA):
-        raise ArtifactError(f"{path} has the columns {table.schema.names}; expected {_SCHEMA.names}")
+    table = read_table(Path(directory) / CAPTIONED_NAME, _SCHEMA)
     return table["image"].to_pylist(), table["caption"].to_pylist()
 
 

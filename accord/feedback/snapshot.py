@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from accord.artifacts import Manifest, artifact_writer, read_manifest, verify
-from accord.errors import ArtifactError, FeedbackError
+from accord.errors import FeedbackError
 from accord.feedback.aggregate import VoteCount, find_aggregation, shares_by_category
 from accord.feedback.store import FeedbackStore
 from accord.feedback.tables import VERDICTS
+from accord.tables import read_table
 
 SNAPSHOT_KIND = "feedback_snapshot"
 SNAPSHOT_NAME = "snapshot.parquet"
@@ -101,14 +102,7 @@ def load_snapshot(directory: str | Path) -> pd.DataFrame:
         ArtifactError: it is missing, was changed, or is something else.
     """
     verify(directory, SNAPSHOT_KIND)
-    path = Path(directory) / SNAPSHOT_NAME
-    try:
-        with pq.ParquetFile(path) as file:
-            table = file.read()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ArtifactError(f"{path} is no Parquet file: {error}") from None
-    if not table.schema.equals(_SCHEMA):
-        raise ArtifactError(f"{path} has the columns {table.schema.names}; expected {_SCHEMA.names}")
+    table = read_table(Path(directory) / SNAPSHOT_NAME, _SCHEMA)
     frame: pd.DataFrame = table.to_pandas()
     return frame
 
