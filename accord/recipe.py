@@ -10,8 +10,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, Secre
 from accord.config import Config, load_yaml
 from accord.diffusion.settings import FinetuneConfig, SamplerConfig
 from accord.errors import ConfigError, PromptError
-from accord.evaluation.config import EvaluateConfig, prompt_plans
-from accord.prompts import Category, Grammar, Prompt, PromptPlan, Split, load_grammar
+from accord.evaluation.config import EvaluateConfig
+from accord.evaluation.plan import draw_prompts
+from accord.prompts import Category, Grammar, PromptPlan, Split, load_grammar
 from accord.reward.settings import RewardConfig
 
 ObjectSpec = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
@@ -58,6 +59,24 @@ class CollectConfig(Config):
     """Images sampled together; part of what determines their exact pixels."""
 
 
+class OnPolicyConfig(Config):
+    """Further rounds of fine-tuning, each on images of the model as it is by then, scored by the reward.
+
+    The paper has none: it draws all images from the model before fine-tuning.
+    """
+
+    rounds: NonNegativeInt = 0
+    """After the first; each takes finetune.steps."""
+    images: CollectPart = CollectPart(prompts={}, images_per_prompt={})
+    """What is drawn in each round, with collect.sampler."""
+
+    @model_validator(mode="after")
+    def _rounds_have_images(self) -> Self:
+        if self.rounds and not any(self.images.prompts.values()):
+            raise ValueError(f"rounds is {self.rounds}, so images must name prompts to draw in each of them")
+        return self
+
+
 class FeedbackConfig(Config):
     """Who judges how often, and where the judgements are kept."""
 
@@ -70,6 +89,8 @@ class FeedbackConfig(Config):
 class RayConfig(Config):
     """How the work is spread. None of this changes a result."""
 
+    local: bool = False
+    """Everything in this process, without Ray: for small runs, such as the arms of a study."""
     num_cpus: PositiveInt | None = None
     """Of a Ray that is started on this machine; by default all. A cluster knows its own."""
     num_workers: PositiveInt = 1
@@ -118,6 +139,9 @@ class Recipe(Config):
     feedback: FeedbackConfig = FeedbackConfig()
     reward: RewardConfig = RewardConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    on_policy: OnPolicyConfig = OnPolicyConfig()
+    control: bool = True
+    """Whether a control is trained and evaluated too, on the pre-training term alone."""
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -150,17 +174,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _check_prompts(recipe: Recipe, grammar: Grammar) -> None:
     """Draw all prompts once; their number does not depend on the seed."""
 
-    def draw(key: str, plans: Sequence[PromptPlan], exclude: Sequence[Prompt] = ()) -> list[Prompt]:
+    plans = {
+        "collect.labelled": recipe.collect.labelled.plan,
+        "collect.unlabelled": recipe.collect.unlabelled.plan,
+        "on_policy.images": recipe.on_policy.images.plan,
+    }
+    for key, plan in plans.items():
         try:
-            return [prompt for plan in plans for prompt in grammar.sample(plan, recipe.seed, exclude)]
+            grammar.sample(plan, recipe.seed)
         except PromptError as error:
-            raise PromptError(f"{key}: {error}") from None
-
-    draw("collect.labelled.prompts", [recipe.collect.labelled.plan])
-    draw("collect.unlabelled.prompts", [recipe.collect.unlabelled.plan])
-    choice = draw("evaluate.choice.prompts", prompt_plans(recipe.evaluate.choice.prompts))
-    draw("evaluate.test.prompts", prompt_plans(recipe.evaluate.test.prompts), choice)
-    draw("evaluate.best_of.prompts", prompt_plans(recipe.evaluate.best_of.prompts), choice)
+            raise PromptError(f"{key}.prompts: {error}") from None
+    draw_prompts(recipe.evaluate, grammar, recipe.seed)
 
 
 def _url(configured: SecretStr | None, key: str, sqlite_file: Path) -> str:

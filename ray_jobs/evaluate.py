@@ -86,6 +86,11 @@ def load_features(run_dir: Path) -> dict[str, NDArray[np.float32]]:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
+def prepare_base(recipe: Recipe, run_dir: Path) -> None:
+    """Generates the base model's images alone, for evaluations of several runs that share their images."""
+    _generate_all(recipe, run_dir, {"base": inputs.base_model(recipe)})
+
+
 def _models(recipe: Recipe, run_dir: Path) -> dict[str, Source]:
     names = ["control", "aligned"] if has_control(recipe) else ["aligned"]
     tuned = {name: Source(run_dir / name, required(run_dir, name).digest) for name in names}
@@ -105,7 +110,8 @@ def _generate_all(recipe: Recipe, run_dir: Path, models: dict[str, Source]) -> p
     )
     guidance = _choose(recipe, run_dir, frontier)
     claims = []
-    for group, names in {TEST: list(models), BEST_OF: ["base", "aligned"]}.items():
+    compared = {TEST: list(models), BEST_OF: [name for name in models if name != "control"]}
+    for group, names in compared.items():
         rows = planned[planned["group"] == group]
         claims += [rows.assign(model=model, guidance=guidance[model]) for model in names]
     test = _generate(recipe, run_dir, models, pd.concat(claims, ignore_index=True), "Generating for the test")

@@ -1,23 +1,26 @@
-"""Fine-tune the model by reward-weighted likelihood (the paper's stage 3), and a control on pre-training
-images alone.
+"""Fine-tune the model on rewarded images (the paper's stage 3), and a control on pre-training images
+alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from accord.artifacts import Manifest, load_tensors, read_manifest, save_tensors
 from accord.diffusion.settings import FinetuneConfig
+from accord.errors import FeedbackError
 from accord.images import decode_image
 from accord.recipe import Recipe
-from ray_jobs import _cli, cluster, inputs, sources
+from ray_jobs import _cli, cluster, collect, inputs, sources
 from ray_jobs.generation import Source
-from ray_jobs.score import load_scores
+from ray_jobs.score import load_scores, score_images
 from ray_jobs.stages import Stage, is_done, required, timed
 from ray_jobs.train import Tracking, Training, train
 
@@ -34,57 +37,109 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
     pretraining = sources.run(recipe, run_dir, "pretraining")
     base = inputs.base_model(recipe)
     digests = {"model": base.digest, "scores": scores.digest, "pretraining": pretraining.digest}
+    rounds = recipe.on_policy.model_dump(mode="json") if recipe.on_policy.rounds else {}
     configs = {
         "aligned": recipe.finetune,
-        "control": recipe.finetune.model_copy(update={"objective": "pretraining_only"}),
+        "control": recipe.finetune.model_copy(
+            update={
+                "objective": "pretraining_only",
+                "steps": recipe.finetune.steps * (1 + recipe.on_policy.rounds),
+            }
+        ),
     }
+    further = {"aligned": {"on_policy": rounds} if rounds else {}, "control": {}}
     stages = {
-        name: Stage(name, KIND, config.model_dump(mode="json"), recipe.seed, digests)
+        name: Stage(name, KIND, config.model_dump(mode="json") | further[name], recipe.seed, digests)
         for name, config in configs.items()
         if name == "aligned" or has_control(recipe)
     }
     missing = [name for name, stage in stages.items() if not is_done(stage, run_dir)]
     if missing:
         with timed(run_dir, "finetune"):
-            data = run_dir / "work" / "aligned" / "data.safetensors"
-            if not data.exists():
-                cluster.on_device(recipe.ray, prepare_data, str(base.directory), run_dir, data)
-            trainings = [
-                _training(recipe, run_dir, stages[name], configs[name], data, base) for name in missing
-            ]
+            data = _prepared(
+                recipe, run_dir, base, _first_images(recipe, run_dir), run_dir / "work" / "aligned"
+            )
+            trainings = [_training(recipe, run_dir, name, configs[name], data, base) for name in missing]
             checkpoints = train(trainings, run_dir / "train", recipe.ray)
             for training, checkpoint in zip(trainings, checkpoints, strict=True):
-                _save(training, checkpoint, stages[training.name], run_dir)
+                if training.name == "aligned" and recipe.on_policy.rounds:
+                    training, checkpoint = _further_rounds(recipe, run_dir, training, checkpoint)
+                stage = stages[training.name.partition("-")[0]]
+                _save(training, checkpoint, run_dir / stage.name, stage.inputs, stage.config)
     return read_manifest(run_dir / "aligned")
 
 
 def has_control(recipe: Recipe) -> bool:
     """Without a pre-training term there is nothing to train a control on."""
-    return recipe.finetune.beta > 0 and recipe.finetune.pretraining_batch_size > 0
+    return recipe.control and recipe.finetune.beta > 0 and recipe.finetune.pretraining_batch_size > 0
 
 
-def prepare_data(model_directory: str, run_dir: Path, path: Path) -> None:
-    """All images as latents and all prompts as text states (safetensors), read by every worker."""
+def _first_images(recipe: Recipe, run_dir: Path) -> pd.DataFrame:
+    """The images of the first round: columns image, prompt and reward."""
+    scores = load_scores(run_dir)
+    if recipe.finetune.images == "labelled":
+        scores = scores[scores["part"] == "labelled"]
+    if scores.empty:
+        raise FeedbackError("there are no generated images to learn from: collect some first")
+    return scores[["image", "prompt", "reward"]]
+
+
+def _further_rounds(
+    recipe: Recipe, run_dir: Path, training: Training, checkpoint: Path
+) -> tuple[Training, Path]:
+    """Each round draws images from the model as it is by then, scores them, and fine-tunes on them; the last
+    round's training and its checkpoint.
+    """
+    for number in range(2, recipe.on_policy.rounds + 2):
+        directory = run_dir / "work" / "aligned" / f"round-{number}"
+        model = directory / "model"
+        if not (model / "manifest.json").exists():
+            _save(training, checkpoint, model, {}, {})
+        source = Source(model, read_manifest(model).digest)
+        images = collect.generate_part(
+            recipe, run_dir, f"round {number}", recipe.on_policy.images, source, directory
+        )
+        if not (directory / "data.safetensors").exists():
+            images["reward"] = score_images(recipe, run_dir, ["reward"], images)["reward"]
+        data = _prepared(recipe, run_dir, source, images, directory)
+        training = _training(recipe, run_dir, f"aligned-round-{number}", recipe.finetune, data, source)
+        (checkpoint,) = train([training], run_dir / "train", recipe.ray)
+    return training, checkpoint
+
+
+def _prepared(recipe: Recipe, run_dir: Path, model: Source, images: pd.DataFrame, directory: Path) -> Path:
+    """DIRECTORY/data.safetensors, made unless it is there."""
+    data = directory / "data.safetensors"
+    if not data.exists():
+        cluster.on_device(recipe.ray, prepare_data, str(model.directory), run_dir, images, data)
+    return data
+
+
+def prepare_data(model_directory: str, run_dir: Path, scored: pd.DataFrame, path: Path) -> None:
+    """All images as latents and all prompts as text states (safetensors), read by every worker.
+
+    `scored`: columns image (digest), prompt and reward.
+    """
     from accord.diffusion.encode import encode_prompts
     from accord.diffusion.model import load_diffusion_model
 
     model = load_diffusion_model(model_directory, device="cuda" if torch.cuda.is_available() else "cpu")
-    scores = load_scores(run_dir)
     folder = inputs.image_folder(run_dir)
-    latents_NCHW = _encode(model, [folder.get(digest) for digest in scores["image"]])
+    latents_NCHW = _encode(model, [folder.get(digest) for digest in scored["image"]])
     files, captions = sources.read(run_dir, "pretraining")
     pretraining_latents_MCHW = _encode(model, files)
-    texts = {text: row for row, text in enumerate(dict.fromkeys([*scores["prompt"], *captions]))}
+    texts = {text: row for row, text in enumerate(dict.fromkeys([*scored["prompt"], *captions]))}
     text_KTD = encode_prompts(model, [*texts, ""]).cpu()
     tensors = {
         "latents_NCHW": latents_NCHW,
-        "text_index_N": torch.tensor([texts[prompt] for prompt in scores["prompt"]]),
-        "reward_N": torch.tensor(scores["reward"].to_numpy(), dtype=torch.float32),
+        "text_index_N": torch.tensor([texts[prompt] for prompt in scored["prompt"]]),
+        "reward_N": torch.tensor(scored["reward"].to_numpy(), dtype=torch.float32),
         "pretraining_latents_MCHW": pretraining_latents_MCHW,
         "pretraining_text_index_M": torch.tensor([texts[caption] for caption in captions], dtype=torch.long),
         "text_KTD": text_KTD[:-1],
         "empty_text_TD": text_KTD[-1],
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, tensors)
 
 
@@ -120,13 +175,13 @@ def build_learner(
 
 
 def _training(
-    recipe: Recipe, run_dir: Path, stage: Stage, config: FinetuneConfig, data: Path, base: Source
+    recipe: Recipe, run_dir: Path, name: str, config: FinetuneConfig, data: Path, model: Source
 ) -> Training:
     return Training(
-        name=stage.name,
+        name=name,
         build=BUILD,
         arguments={
-            "model": str(base.directory),
+            "model": str(model.directory),
             "data": str(data),
             "config": config.model_dump(mode="json"),
             "seed": recipe.seed,
@@ -134,35 +189,32 @@ def _training(
         steps=config.steps,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
-        title="Fine-tuning" if stage.name == "aligned" else "  control",
+        title="  control" if name == "control" else name.replace("aligned", "Fine-tuning").replace("-", " "),
         tracking=Tracking(
             uri=recipe.tracking_uri(run_dir),
             experiment=recipe.tracking.experiment,
-            run_name=f"{recipe.name} {stage.name}",
+            run_name=f"{recipe.name} {name}",
             params={**config.model_dump(mode="json"), "seed": recipe.seed},
-            tags={"stage": stage.name, **stage.inputs},
+            tags={"stage": name, "model": model.digest, "scores": required(run_dir, "scores").digest},
         ),
     )
 
 
-def _save(training: Training, checkpoint: Path, stage: Stage, run_dir: Path) -> None:
-    """The base model with the averaged UNet of a finished training."""
-    from dataclasses import replace
-
+def _save(
+    training: Training,
+    checkpoint: Path,
+    directory: Path,
+    digests: Mapping[str, str],
+    config: Mapping[str, Any],
+) -> None:
+    """The model that was trained, with the averaged UNet of its finished training."""
     from accord.diffusion.model import load_diffusion_model, save_diffusion_model
 
-    learner = build_learner(
-        rank=0, world_size=1, wrap=None, device=torch.device("cpu"), **dict(training.arguments)
-    )
+    arguments = dict(training.arguments)
+    learner = build_learner(rank=0, world_size=1, wrap=None, device=torch.device("cpu"), **arguments)
     learner.load(checkpoint)
-    base = load_diffusion_model(training.arguments["model"])
-    save_diffusion_model(
-        replace(base, unet=learner.averaged_unet()),
-        run_dir / stage.name,
-        inputs=stage.inputs,
-        config=stage.config,
-        seed=stage.seed,
-    )
+    model = replace(load_diffusion_model(arguments["model"]), unet=learner.averaged_unet())
+    save_diffusion_model(model, directory, inputs=digests, config=config, seed=arguments["seed"])
 
 
 if __name__ == "__main__":

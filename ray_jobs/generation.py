@@ -104,7 +104,6 @@ def generate(
         done = len(rows) - sum(len(batch.seeds) for batch in missing)
         progress.update(done)
         if missing:
-            cluster.ensure(config)
             for count in _run(missing, images, work, config):
                 done += count
                 progress.update(done)
@@ -125,14 +124,20 @@ def _index_file(work: Path, name: str) -> Path:
 
 
 def _run(missing: list[Batch], images: Path, work: Path, config: RayConfig) -> Any:
-    """Computes batches on an actor pool; yields the number of images of each as it is committed.
+    """Computes batches, on an actor pool unless `config.local`; yields the number of images of each as it is
+    committed.
 
     A row of the data set is a whole batch: Ray Data regroups rows as it likes, and which images are computed
     together must not depend on that.
     """
+    work.mkdir(parents=True, exist_ok=True)
+    if config.local:
+        worker = _Generator(str(images), str(work), config.threads_per_generator)
+        yield from (worker.run(_plain(batch)) for batch in missing)
+        return
+    cluster.ensure(config)
     import ray
 
-    work.mkdir(parents=True, exist_ok=True)
     items = [{"batch": canonical_json(_plain(batch))} for batch in missing]
     size = min(config.generators, len(missing))
     results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -152,7 +157,12 @@ def _run(missing: list[Batch], images: Path, work: Path, config: RayConfig) -> A
 
 
 def _plain(batch: Batch) -> dict[str, Any]:
-    return {**vars(batch), "prompts": list(batch.prompts), "seeds": list(batch.seeds)}
+    return {
+        **vars(batch),
+        "sampler": batch.sampler.model_dump(mode="json"),
+        "prompts": list(batch.prompts),
+        "seeds": list(batch.seeds),
+    }
 
 
 class _Generator:

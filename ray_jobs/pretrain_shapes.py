@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 
 from accord.artifacts import Manifest, read_manifest
@@ -15,17 +16,25 @@ from accord.errors import ArtifactError
 from accord.recipe import RayConfig
 from accord.shapes.pretraining import build
 from accord.shapes.pretraining.build import PretrainConfig
+from accord.shapes.pretraining.diffusion import DiffusionPretrainer
 from ray_jobs import cluster
 from ray_jobs._cli import AddressOption, RecipeOption, SetOption, guarded
 from ray_jobs.progress import say
+from ray_jobs.train import Training, train
+
+BUILD = "ray_jobs.pretrain_shapes:build_pretrainer"
 
 
 def run(config: PretrainConfig) -> dict[str, Manifest]:
-    """Train what is missing in `config.output`; CLIP and the diffusion model wait for the autoencoder.
+    """Train what is missing in `config.output`: the autoencoder, then CLIP beside the evaluator, then the
+    diffusion model on `diffusion.workers` workers.
 
-    Each part is all or nothing: what was interrupted starts over, what is finished is kept.
+    What is finished is kept: the diffusion model goes on from its last checkpoint, the others
+    start over.
     """
-    cluster.ensure(RayConfig())
+    config = config.model_copy(update={"output": config.output.resolve()})  # workers have other directories
+    ray_config = RayConfig(num_workers=config.diffusion.workers, threads_per_worker=config.threads)
+    cluster.ensure(ray_config)
     import ray
 
     def part(name: str, function: Callable[..., Manifest], settings: Config, after: Any = None) -> Any:
@@ -37,13 +46,46 @@ def run(config: PretrainConfig) -> dict[str, Manifest]:
         return ray.remote(num_cpus=1)(_build).remote(function, config, name, after)
 
     vae = part("vae", build.build_vae, config.vae)
-    waiting = {
+    clip = part("clip", build.build_clip, config.clip, after=vae)
+    tasks = {
+        "vae": vae,
+        "clip": clip,
         "evaluator": part("evaluator", build.build_evaluator, config.evaluator),
-        "clip": part("clip", build.build_clip, config.clip, after=vae),
-        "diffusion": part("diffusion", build.build_diffusion, config.diffusion, after=vae),
     }
-    _follow([vae, *waiting.values()], config.output)
-    return {name: ray.get(task) for name, task in {"vae": vae, **waiting}.items()}
+    _follow(list(tasks.values()), config.output)
+    made: dict[str, Manifest] = {name: ray.get(task) for name, task in tasks.items()}
+    return made | {"diffusion": _diffusion(config, ray_config)}
+
+
+def _diffusion(config: PretrainConfig, ray_config: RayConfig) -> Manifest:
+    done = _finished(config.output / "diffusion", config.diffusion)
+    if done is not None:
+        say(f"diffusion: there already ({done.digest[:12]})")
+        return done
+    if not (config.output / build.LATENTS).exists():
+        say("diffusion: encoding scenes")
+        build.encode_scenes(config)
+    training = Training(
+        name="diffusion",
+        build=BUILD,
+        arguments={"config": config.model_dump(mode="json")},
+        steps=config.diffusion.steps,
+        log_every=20,
+        checkpoint_every=500,
+        title="Pre-training the diffusion model",
+    )
+    (checkpoint,) = train([training], config.output / "train", ray_config)
+    learner = build.diffusion_pretrainer(config)
+    learner.load(checkpoint)
+    return build.save_diffusion(config, learner.model(), say)
+
+
+def build_pretrainer(
+    *, rank: int, world_size: int, wrap: Any, device: torch.device, config: dict[str, Any]
+) -> DiffusionPretrainer:
+    """The diffusion model's learner on a worker; on CPUs, for which its sizes were chosen."""
+    settings = PretrainConfig.model_validate(config)
+    return build.diffusion_pretrainer(settings, rank=rank, world_size=world_size, wrap=wrap)
 
 
 def _build(function: Callable[..., Manifest], config: PretrainConfig, name: str, after: Any) -> Manifest:

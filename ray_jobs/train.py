@@ -23,7 +23,7 @@ from accord.artifacts import write_file
 from accord.config import load_object
 from accord.errors import AccordError
 from ray_jobs import cluster
-from ray_jobs.progress import Bar, bars
+from ray_jobs.progress import Bar, bar, bars
 
 if TYPE_CHECKING:
     from accord.recipe import RayConfig
@@ -83,6 +83,8 @@ def train(trainings: Sequence[Training], storage: Path, config: RayConfig) -> li
     Side by side where the cluster has room for all, else one after the other. `storage` must be reachable
     from every node. Raises the AccordError of a worker as itself.
     """
+    if config.local:
+        return [_train_here(training, storage.resolve() / training.name, config) for training in trainings]
     cluster.ensure(config)
     with bars() as progress:
         runs = [_Run(training, storage.resolve() / training.name, config) for training in trainings]
@@ -98,6 +100,36 @@ def train(trainings: Sequence[Training], storage: Path, config: RayConfig) -> li
             for run in group:
                 run.result()
     return [run.result() for run in runs]
+
+
+def _train_here(training: Training, directory: Path, config: RayConfig) -> Path:
+    """One training in this process, from its newest checkpoint; the path of the final one."""
+    import torch
+
+    torch.set_num_threads(config.threads_per_worker)
+    build: Build = load_object(training.build)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    learner = build(rank=0, world_size=1, wrap=None, device=device, **training.arguments)
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoints = sorted(path for path in directory.glob("step-*") if (path / "manifest.json").exists())
+    if checkpoints:
+        learner.load(checkpoints[-1])
+    with (
+        bar(training.title, training.steps, "steps") as progress,
+        _tracker(asdict(training), directory) as run,
+    ):
+        while learner.step_index < training.steps:
+            metrics = learner.step()
+            step = learner.step_index
+            if step % training.log_every == 0 or step == training.steps:
+                values = _values(learner, metrics, last=step == training.steps)
+                progress.update(step, _loss_note(values.get("loss")))
+                run.log(step, **values)
+            if step % training.checkpoint_every == 0 or step == training.steps:
+                learner.save(directory / f"step-{step:08d}")
+                for old in sorted(directory.glob("step-*"))[:-CHECKPOINTS_KEPT]:
+                    shutil.rmtree(old)
+    return directory / f"step-{training.steps:08d}"
 
 
 class _Run(threading.Thread):
@@ -198,11 +230,7 @@ def _loop(learner: Learner, training: dict[str, Any], directory: Path, rank: int
         metrics = learner.step()
         step = learner.step_index
         if rank == 0 and (step % training["log_every"] == 0 or step == last):
-            values = {
-                name: float(value) for name, value in metrics.items()
-            }  # device-to-host sync, every log_every
-            if step == last and hasattr(learner, "validate"):
-                values |= learner.validate()
+            values = _values(learner, metrics, last=step == last)
             _note_progress(directory, step, values, rank)
             if run is not None:
                 run.log(step, **values)
@@ -214,6 +242,12 @@ def _loop(learner: Learner, training: dict[str, Any], directory: Path, rank: int
                 checkpoint_dir_name=f"step-{step:08d}",
                 delete_local_checkpoint_after_upload=True,
             )
+
+
+def _values(learner: Learner, metrics: Mapping[str, Any], *, last: bool) -> dict[str, float]:
+    """What is logged of a step, at the last one with the learner's own validation."""
+    values = {name: float(value) for name, value in metrics.items()}  # device-to-host sync, every log_every
+    return values | learner.validate() if last and hasattr(learner, "validate") else values
 
 
 def _save(learner: Learner) -> Any:
@@ -259,8 +293,11 @@ def _show(directory: Path, progress: Bar) -> None:
         content = json.loads((directory / "progress.json").read_text())
     except (OSError, ValueError):
         return
-    loss = content.get("loss")
-    progress.update(int(content["step"]), f"loss {loss:.4f}" if loss is not None else "")
+    progress.update(int(content["step"]), _loss_note(content.get("loss")))
+
+
+def _loss_note(loss: float | None) -> str:
+    return f"loss {loss:.4f}" if loss is not None else ""
 
 
 def _heal(directory: Path) -> None:

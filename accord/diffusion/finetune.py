@@ -1,4 +1,4 @@
-"""Fine-tuning of a diffusion model's UNet on rewarded images (Lee et al. 2023, Eq. 2), one `step` at a time.
+"""Fine-tuning of a diffusion model's UNet on rewarded images (objectives.py), one `step` at a time.
 
 It knows nothing of Ray. What it needs of a distributed run are `rank`, `world_size` and `wrap` (say DDP), and
 two rules make any number of workers compute the same, and a resumed run the same as an uninterrupted one:
@@ -30,8 +30,12 @@ from accord.diffusion import checkpoint
 from accord.diffusion.model import DiffusionModel
 from accord.diffusion.objectives import (
     add_noise,
+    advantage_weighted_matching,
+    batch_loss,
     denoising_loss,
     denoising_target,
+    diffusion_nft,
+    prompt_advantages,
     reward_weighted_likelihood,
     reward_weights,
 )
@@ -73,7 +77,7 @@ class _Batch:
     target_BCHW: Tensor
     timesteps_B: Tensor
     text_BTD: Tensor
-    weight_B: Tensor  # 0 for pre-training images
+    weight_B: Tensor  # weight or advantage of generated images, 0 for pre-training images
     is_model_B: Tensor  # 1.0 generated, 0.0 pre-training
 
 
@@ -110,6 +114,7 @@ class Finetuner:
         self.empty_text_TD = data.empty_text_TD.to(self.device, torch.float32)
         self._weigh_images()
 
+        self.reference = model.unet  # frozen
         self.unet: nn.Module = copy.deepcopy(model.unet).float().train().requires_grad_(True)
         self.forward_unet = wrap(self.unet) if wrap else self.unet
         self.parameters = list(self.unet.parameters())
@@ -198,16 +203,26 @@ class Finetuner:
         checkpoint.load(self, directory)
 
     def _weigh_images(self) -> None:
-        """Weights over the whole data set. An image that `threshold` leaves out is never drawn."""
+        """Weights, or advantages, over the whole data set. An image that `threshold` leaves out is never
+        drawn."""
         self.kept_indices = torch.arange(len(self.data.reward_N))
         self.weight_N = torch.zeros(0)
-        if self.num_model:
-            config, reward_N = self.config, self.data.reward_N.cpu()
+        if not self.num_model:
+            return
+        config, reward_N, prompt_N = self.config, self.data.reward_N.cpu(), self.data.text_index_N.cpu()
+        if config.objective == "reward_weighted_likelihood":
             self.weight_N = reward_weights(
-                reward_N, config.weighting, threshold=config.threshold, temperature=config.temperature
+                reward_N,
+                prompt_N,
+                config.weighting,
+                threshold=config.threshold,
+                temperature=config.temperature,
+                per_prompt=config.per_prompt,
             )
             if config.weighting == "threshold":
                 self.kept_indices = torch.nonzero(self.weight_N > 0).flatten()
+        else:
+            self.weight_N = prompt_advantages(reward_N, prompt_N, config.advantage_clip)
 
     def _draw(self, step: int) -> _Batch:
         """This worker's part of the batch of `step`.
@@ -258,21 +273,45 @@ class Finetuner:
         )
 
     def _loss(self, batch: _Batch, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        with autocast(self.device, self.config.precision):
-            prediction_BCHW = self.forward_unet(
-                batch.noisy_BCHW[part], batch.timesteps_B[part], encoder_hidden_states=batch.text_BTD[part]
-            ).sample
-        loss_B = denoising_loss(prediction_BCHW, batch.target_BCHW[part])
+        inputs = batch.noisy_BCHW[part], batch.timesteps_B[part], batch.text_BTD[part]
+        prediction_BCHW = self._predict(self.forward_unet, *inputs)
+        target_BCHW, weight_B = batch.target_BCHW[part], batch.weight_B[part]
         is_model_B = batch.is_model_B[part]
         # Masks instead of slices: a part may hold both kinds, or one.
-        return reward_weighted_likelihood(
-            loss_B * is_model_B,
-            batch.weight_B[part],
+        loss_B = denoising_loss(prediction_BCHW, target_BCHW)
+        if self.num_model and self.config.objective != "reward_weighted_likelihood":
+            with torch.no_grad():
+                reference_BCHW = self._predict(self.reference, *inputs)
+            model_loss_B = self._signed_loss(prediction_BCHW, target_BCHW, reference_BCHW, weight_B)
+        else:
+            model_loss_B = reward_weighted_likelihood(prediction_BCHW, target_BCHW, weight_B)
+        loss, metrics = batch_loss(
+            model_loss_B * is_model_B,
             loss_B * (1.0 - is_model_B),
             self.config.beta,
             self.num_model,
             self.num_pretraining,
         )
+        count = max(self.num_model, 1)
+        metrics["model_loss_unweighted"] = (loss_B.detach() * is_model_B).sum() / count
+        metrics["weight_mean"] = (weight_B * is_model_B).sum() / count
+        return loss, metrics
+
+    def _signed_loss(
+        self, prediction_BCHW: Tensor, target_BCHW: Tensor, reference_BCHW: Tensor, advantage_B: Tensor
+    ) -> Tensor:
+        config = self.config
+        if config.objective == "advantage_weighted_matching":
+            return advantage_weighted_matching(
+                prediction_BCHW, target_BCHW, reference_BCHW, advantage_B, config.anchor
+            )
+        optimality_B = 0.5 + 0.5 * advantage_B / config.advantage_clip
+        return diffusion_nft(prediction_BCHW, target_BCHW, reference_BCHW, optimality_B, config.nft_strength)
+
+    def _predict(self, unet: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, text_BTD: Tensor) -> Tensor:
+        with autocast(self.device, self.config.precision):
+            prediction: Tensor = unet(noisy_BCHW, timesteps_B, encoder_hidden_states=text_BTD).sample
+        return prediction.float()
 
     def _over_workers(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.world_size == 1 or not torch.distributed.is_initialized():

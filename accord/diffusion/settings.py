@@ -10,6 +10,9 @@ from accord.config import Config
 
 Precision = Literal["float32", "bfloat16"]
 Weighting = Literal["raw", "threshold", "softmax"]
+Objective = Literal[
+    "reward_weighted_likelihood", "advantage_weighted_matching", "diffusion_nft", "pretraining_only"
+]
 
 
 class SamplerConfig(Config):
@@ -34,8 +37,12 @@ class FinetuneConfig(Config):
     """How a model is fine-tuned. The paper states 10,000 steps of AdamW on batches of 256 + 256, but neither
     its beta nor its learning rate."""
 
-    objective: Literal["reward_weighted_likelihood", "pretraining_only"] = "reward_weighted_likelihood"
-    """pretraining_only: the second term of Eq. 2 alone, the control of every comparison."""
+    objective: Objective = "reward_weighted_likelihood"
+    """reward_weighted_likelihood: Eq. 2, the paper's. advantage_weighted_matching and diffusion_nft replace
+    its first term by a signed one (accord.diffusion.objectives). pretraining_only: the second term of Eq. 2
+    alone, the control of every comparison."""
+    images: Literal["all", "labelled"] = "all"
+    """labelled: only images that people judged; all: those too that only the reward has scored."""
     steps: int = Field(default=10_000, ge=1)
     learning_rate: float = Field(default=1e-5, gt=0.0)
     batch_size: int = Field(default=256, ge=1)
@@ -51,6 +58,15 @@ class FinetuneConfig(Config):
     """weighting: threshold keeps the images whose reward is at least this, each with weight 1."""
     temperature: float = Field(default=1.0, gt=0.0)
     """weighting: softmax over the data set of reward / temperature, scaled to mean 1."""
+    per_prompt: bool = False
+    """Scales the weights of each prompt's images to mean 1; without, an easy prompt counts more."""
+    advantage_clip: float = Field(default=2.0, gt=0.0)
+    """advantage_weighted_matching and diffusion_nft: largest advantage, in standard deviations of the reward
+    about the mean of its prompt."""
+    anchor: float = Field(default=3.0, ge=0.0)
+    """advantage_weighted_matching: weight of the distance to the reference model."""
+    nft_strength: float = Field(default=1.0, gt=0.0)
+    """diffusion_nft: b, of the implicit policies; the lower, the further the model goes."""
     timestep_power: float = Field(default=1.0, gt=0.0)
     """Timesteps are T * u**(1 / power), u uniform: 1 is uniform, more draws towards high noise."""
     condition_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
@@ -72,6 +88,11 @@ class FinetuneConfig(Config):
             raise ValueError(
                 "objective pretraining_only learns from pre-training images alone, so both must be above 0: "
                 f"pretraining_batch_size is {self.pretraining_batch_size}, beta is {self.beta}"
+            )
+        if self.objective == "advantage_weighted_matching" and self.anchor <= self.advantage_clip:
+            raise ValueError(
+                f"objective advantage_weighted_matching has no minimum unless anchor ({self.anchor}) is "
+                f"above advantage_clip ({self.advantage_clip}): raise the one or lower the other"
             )
         if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
             raise ValueError(f"adam_betas must lie in [0, 1), got {self.adam_betas}")

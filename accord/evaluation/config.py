@@ -1,7 +1,7 @@
 """The recipe's `evaluate` section: what is generated and judged to compare the models."""
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -72,6 +72,9 @@ class EvaluateConfig(Config):
     `sampler.guidance_scale` is replaced by each of `guidance_scales`.
     """
 
+    reserved_prompts: Literal["any", "none", "only"] = "any"
+    """A fixed third of the grammar's prompts is reserved for confirmation. A study whose choices are still
+    open takes "none" of them; what confirms its winner takes them "only"."""
     guidance_scales: tuple[PositiveFloat, ...] = (1.0, 1.5, 2.0, 3.0, 5.0, 7.5)
     choice: ChoiceConfig = ChoiceConfig()
     test: TestConfig = TestConfig()

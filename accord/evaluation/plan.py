@@ -1,11 +1,16 @@
 """Which prompts and seeds the models are compared on: the same for every model."""
 
+from __future__ import annotations
+
 import hashlib
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
+from accord.errors import PromptError
 from accord.evaluation.config import EvaluateConfig, prompt_plans
 from accord.prompts import Grammar, Prompt
+
+if TYPE_CHECKING:  # a recipe's prompts are checked without pandas, which is slow to import
+    import pandas as pd
 
 CHOICE = "choice"
 TEST = "test"
@@ -17,14 +22,30 @@ def draw_prompts(config: EvaluateConfig, grammar: Grammar, seed: int) -> dict[st
 
     Raises PromptError, with how many there are, if the grammar has too few.
     """
+    unwanted = _unwanted(config, grammar)
     drawn: dict[str, list[Prompt]] = {}
     wanted = {CHOICE: config.choice.prompts, TEST: config.test.prompts, BEST_OF: config.best_of.prompts}
     for group, prompts in wanted.items():
-        used = drawn.get(CHOICE, [])
-        drawn[group] = [
-            prompt for plan in prompt_plans(prompts) for prompt in grammar.sample(plan, seed, used)
-        ]
+        used = [*unwanted, *drawn.get(CHOICE, [])]
+        try:
+            drawn[group] = [
+                prompt for plan in prompt_plans(prompts) for prompt in grammar.sample(plan, seed, used)
+            ]
+        except PromptError as error:
+            raise PromptError(f"evaluate.{group}.prompts: {error}") from None
     return drawn
+
+
+def _unwanted(config: EvaluateConfig, grammar: Grammar) -> list[Prompt]:
+    if config.reserved_prompts == "any":
+        return []
+    wanted = config.reserved_prompts == "only"
+    return [prompt for prompt in grammar.all_prompts() if is_reserved(prompt) != wanted]
+
+
+def is_reserved(prompt: Prompt) -> bool:
+    """Whether the prompt is one of the third that only confirmations are made on; its text alone decides."""
+    return hashlib.sha256(f"reserved {prompt.text}".encode()).digest()[0] % 3 == 0
 
 
 def evaluation_rows(config: EvaluateConfig, grammar: Grammar, seed: int) -> pd.DataFrame:
@@ -32,6 +53,8 @@ def evaluation_rows(config: EvaluateConfig, grammar: Grammar, seed: int) -> pd.D
 
     The seeds follow from (seed, group, prompt, number), so adding prompts changes no other image.
     """
+    import pandas as pd
+
     images = {
         CHOICE: config.choice.images_per_prompt,
         TEST: config.test.images_per_prompt,

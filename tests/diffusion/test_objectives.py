@@ -5,8 +5,12 @@ import torch
 
 from accord.diffusion.objectives import (
     add_noise,
+    advantage_weighted_matching,
+    batch_loss,
     denoising_loss,
     denoising_target,
+    diffusion_nft,
+    prompt_advantages,
     reward_weighted_likelihood,
     reward_weights,
 )
@@ -82,68 +86,118 @@ def test_denoising_loss_by_hand() -> None:
     assert denoising_loss(prediction.bfloat16(), target.bfloat16()).dtype == torch.float32
 
 
+PROMPT_3 = torch.zeros(3, dtype=torch.long)
+
+
 def test_weights_by_hand() -> None:
     reward = torch.tensor([0.0, 0.5, 1.0])
-    assert reward_weights(reward, "raw").tolist() == [0.0, 0.5, 1.0]
-    assert reward_weights(reward, "threshold", threshold=0.5).tolist() == [0.0, 1.0, 1.0]
+    assert reward_weights(reward, PROMPT_3, "raw").tolist() == [0.0, 0.5, 1.0]
+    assert reward_weights(reward, PROMPT_3, "threshold", threshold=0.5).tolist() == [0.0, 1.0, 1.0]
     total = 1 + math.exp(1) + math.exp(2)  # temperature 0.5
     expected = torch.tensor([3 / total, 3 * math.exp(1) / total, 3 * math.exp(2) / total])
-    torch.testing.assert_close(reward_weights(reward, "softmax", temperature=0.5), expected)
+    torch.testing.assert_close(reward_weights(reward, PROMPT_3, "softmax", temperature=0.5), expected)
 
 
+def test_weights_per_prompt_by_hand() -> None:
+    reward, prompt = torch.tensor([0.2, 0.6, 0.9, 0.0, 0.0]), torch.tensor([7, 7, 3, 5, 5])
+    raw = reward_weights(reward, prompt, "raw", per_prompt=True)
+    torch.testing.assert_close(raw, torch.tensor([0.5, 1.5, 1.0, 0.0, 0.0]))
+    kept = reward_weights(reward, prompt, "threshold", threshold=0.5, per_prompt=True)
+    torch.testing.assert_close(kept, torch.tensor([0.0, 2.0, 1.0, 0.0, 0.0]))
+    soft = reward_weights(reward, prompt, "softmax", temperature=0.4, per_prompt=True)
+    share = 1 / (1 + math.exp(1))
+    torch.testing.assert_close(soft, torch.tensor([2 * share, 2 * (1 - share), 1.0, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("per_prompt", [False, True])
 @pytest.mark.parametrize("temperature", [0.01, 0.3, 100.0])
-def test_softmax_weights_have_mean_one(temperature: float) -> None:
-    weight = reward_weights(torch.rand(1000), "softmax", temperature=temperature)
+def test_softmax_weights_have_mean_one(temperature: float, per_prompt: bool) -> None:
+    prompt = torch.arange(1000) // 10
+    weight = reward_weights(
+        torch.rand(1000), prompt, "softmax", temperature=temperature, per_prompt=per_prompt
+    )
     assert weight.mean().item() == pytest.approx(1.0, abs=1e-4)
     assert (weight >= 0).all()
+    assert torch.isfinite(weight).all()
 
 
 @pytest.mark.parametrize("mode", ["raw", "threshold"])
 def test_no_weight_left_is_an_error(mode: str) -> None:
     with pytest.raises(FeedbackError, match=r"4 images, highest reward 0\.000"):
-        reward_weights(torch.zeros(4), mode)  # type: ignore[arg-type]
+        reward_weights(torch.zeros(4), torch.zeros(4), mode)  # type: ignore[arg-type]
+
+
+def test_advantages_by_hand() -> None:
+    reward, prompt = torch.tensor([0.1, 0.3, 0.9, 0.9, 0.4]), torch.tensor([0, 0, 1, 1, 2])
+    # centred: -0.1, 0.1, 0, 0, 0; standard deviation sqrt(0.02 / 5)
+    expected = torch.tensor([-0.1, 0.1, 0.0, 0.0, 0.0]) / math.sqrt(0.004)
+    torch.testing.assert_close(prompt_advantages(reward, prompt, 5.0), expected)
+    assert prompt_advantages(reward, prompt, 1.0).abs().max() == 1.0
+
+
+def test_advantages_need_a_difference() -> None:
+    with pytest.raises(FeedbackError, match="no prompt has images of different rewards, among 4 images"):
+        prompt_advantages(torch.tensor([0.2, 0.2, 0.7, 0.7]), torch.tensor([0, 0, 1, 1]), 2.0)
+
+
+def test_signed_objectives_by_hand() -> None:
+    prediction, target, reference = constant(3.0), constant(1.0), constant(2.0)
+    weight = torch.tensor([2.0, -1.0, 0.5, 0.0])
+    torch.testing.assert_close(reward_weighted_likelihood(prediction, target, weight), 4.0 * weight)
+    matching = advantage_weighted_matching(prediction, target, reference, weight, anchor=1.5)
+    torch.testing.assert_close(matching, 4.0 * weight + 1.5)
+    # b = 0.5: f+ = 0.5 * 2 + 0.5 * 3 = 2.5, f- = 1.5 * 2 - 0.5 * 3 = 1.5
+    optimality = torch.tensor([1.0, 0.0, 0.25, 0.5])
+    nft = diffusion_nft(prediction, target, reference, optimality, strength=0.5)
+    torch.testing.assert_close(nft, (optimality * 2.25 + (1 - optimality) * 0.25) / 0.5)
+
+
+def test_nft_of_sure_images_is_matching_and_of_undecided_ones_stays() -> None:
+    target, reference = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    prediction = torch.randn(3, 2, 4, 4, requires_grad=True)
+    sure = diffusion_nft(prediction, target, reference, torch.ones(3), strength=1.0)
+    torch.testing.assert_close(sure, denoising_loss(prediction, target))
+    # r = 1/2: the loss is smallest where the prediction is the reference's.
+    undecided = diffusion_nft(prediction, target, reference, torch.full((3,), 0.5), strength=0.7)
+    at_reference = diffusion_nft(reference, target, reference, torch.full((3,), 0.5), strength=0.7)
+    assert (at_reference < undecided).all()
+    (gradient,) = torch.autograd.grad(undecided.sum(), prediction)
+    direction = prediction.detach() - reference
+    torch.testing.assert_close(gradient, direction * (gradient / direction).flatten()[0])
+
+
+def test_nft_moves_towards_good_and_away_from_bad_images() -> None:
+    target, reference = torch.randn(2, 2, 4, 4), torch.randn(2, 2, 4, 4)
+    prediction = reference.clone().requires_grad_(True)
+    loss = diffusion_nft(prediction, target, reference, torch.tensor([1.0, 0.0]), strength=0.3)
+    (gradient,) = torch.autograd.grad(loss.sum(), prediction)
+    towards = ((target - reference) * -gradient).sum(dim=(1, 2, 3))
+    assert towards[0] > 0 > towards[1]
 
 
 def test_equation_2_by_hand() -> None:
-    loss, metrics = reward_weighted_likelihood(
-        torch.tensor([1.0, 2.0]), torch.tensor([0.5, 1.0]), torch.tensor([3.0, 4.0, 5.0]), 0.1, 2, 3
-    )
-    # (0.5 * 1 + 1 * 2) / 2 = 1.25, (3 + 4 + 5) / 3 = 4
+    loss, metrics = batch_loss(torch.tensor([0.5, 2.0]), torch.tensor([3.0, 4.0, 5.0]), 0.1, 2, 3)
+    # (0.5 + 2) / 2 = 1.25, (3 + 4 + 5) / 3 = 4
     assert loss.item() == pytest.approx(1.25 + 0.1 * 4)
     assert {key: value.item() for key, value in metrics.items()} == pytest.approx(
-        {
-            "loss": 1.65,
-            "model_loss": 1.25,
-            "model_loss_unweighted": 1.5,
-            "pretraining_loss": 4.0,
-            "weight_mean": 0.75,
-        }
+        {"loss": 1.65, "model_loss": 1.25, "pretraining_loss": 4.0}
     )
 
 
 def test_equation_2_term_by_term() -> None:
-    loss_B, weight_B, loss_P = torch.rand(6), torch.rand(6), torch.rand(4)
+    loss_B, loss_P = torch.rand(6), torch.rand(4)
     none = torch.zeros(0)
-    first, _ = reward_weighted_likelihood(loss_B, weight_B, none, 0.7, 6, 0)
-    torch.testing.assert_close(first, (weight_B * loss_B).mean())
-    second, _ = reward_weighted_likelihood(none, none, loss_P, 0.7, 0, 4)
+    first, _ = batch_loss(loss_B, none, 0.7, 6, 0)
+    torch.testing.assert_close(first, loss_B.mean())
+    second, _ = batch_loss(none, loss_P, 0.7, 0, 4)
     torch.testing.assert_close(second, 0.7 * loss_P.mean())
-    both, _ = reward_weighted_likelihood(loss_B, weight_B, loss_P, 0.7, 6, 4)
+    both, _ = batch_loss(loss_B, loss_P, 0.7, 6, 4)
     torch.testing.assert_close(both, first + second)
 
 
 def test_parts_add_up_however_split() -> None:
-    loss_B, weight_B, loss_P = torch.rand(5), torch.rand(5), torch.rand(3)
-    whole, _ = reward_weighted_likelihood(loss_B, weight_B, loss_P, 2.0, 5, 3)
-    one, _ = reward_weighted_likelihood(loss_B[:4], weight_B[:4], loss_P[:0], 2.0, 5, 3)
-    two, _ = reward_weighted_likelihood(loss_B[4:], weight_B[4:], loss_P, 2.0, 5, 3)
+    loss_B, loss_P = torch.rand(5), torch.rand(3)
+    whole, _ = batch_loss(loss_B, loss_P, 2.0, 5, 3)
+    one, _ = batch_loss(loss_B[:4], loss_P[:0], 2.0, 5, 3)
+    two, _ = batch_loss(loss_B[4:], loss_P, 2.0, 5, 3)
     torch.testing.assert_close(one + two, whole)
-
-
-def test_weight_scales_the_gradient_of_its_own_sample() -> None:
-    loss_B = torch.rand(3, requires_grad=True)
-    weight_B = torch.tensor([0.0, 0.5, 1.0])
-    loss, _ = reward_weighted_likelihood(loss_B, weight_B, torch.zeros(0), 1.0, 3, 0)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert loss_B.grad is not None
-    torch.testing.assert_close(loss_B.grad, weight_B / 3)

@@ -9,16 +9,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from accord.artifacts import Manifest
 from accord.diffusion.model import load_diffusion_model
+from accord.errors import ConfigError
 from accord.prompts import load_grammar
-from accord.shapes.captions import CaptionNoise, caption, captioned_renders, corrupt
+from accord.shapes.captions import LOOKALIKES, CaptionNoise, caption, captioned_renders, corrupt
 from accord.shapes.pretraining import build
 from accord.shapes.pretraining.clip import ClipConfig
 from accord.shapes.pretraining.data import SceneConfig, draw_scenes
 from accord.shapes.pretraining.diffusion import DiffusionConfig, draw_timesteps, make_scheduler
 from accord.shapes.pretraining.evaluator import EvaluatorConfig
 from accord.shapes.pretraining.vae import VaeConfig, encode_mean, train_vae
-from accord.shapes.scene import Scene
+from accord.shapes.scene import ATTRIBUTES, Scene
 
 TINY_VAE = VaeConfig(steps=3, batch_size=4)
 
@@ -30,20 +32,77 @@ def tiny(output: Path) -> build.PretrainConfig:
         vae=TINY_VAE,
         evaluator=EvaluatorConfig(scenes=24, steps=2, batch_size=16),
         clip=ClipConfig(steps=2, batch_size=12),
-        diffusion=DiffusionConfig(steps=2, batch_size=4, channels=(32, 32), text_width=32, probe_every=100),
+        diffusion=DiffusionConfig(
+            scenes=24, steps=3, noisy_share=0.34, batch_size=4, channels=(32, 32), text_width=32
+        ),
     )
+
+
+def pretrain_diffusion(config: build.PretrainConfig) -> Manifest:
+    build.encode_scenes(config)
+    learner = build.diffusion_pretrainer(config)
+    while learner.step_index < config.diffusion.steps:
+        learner.step()
+    return build.save_diffusion(config, learner.model(), lambda line: None)
 
 
 def test_twice_the_same_weights(tmp_path: Path) -> None:
     digests = []
     for name in ("first", "second"):
         config = tiny(tmp_path / name)
-        parts = (build.build_vae, build.build_evaluator, build.build_clip, build.build_diffusion)
+        parts = (build.build_vae, build.build_evaluator, build.build_clip)
         digests.append([part(config, lambda line: None).digest for part in parts])
+        digests[-1].append(pretrain_diffusion(config).digest)
     assert digests[0] == digests[1]
     model = load_diffusion_model(tmp_path / "first" / "diffusion")
     assert model.prediction_type == "v_prediction"
     assert model.default_size == (64, 64)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> build.PretrainConfig:
+    """With an autoencoder and latents."""
+    config = tiny(tmp_path_factory.mktemp("small"))
+    build.build_vae(config, lambda line: None)
+    build.encode_scenes(config)
+    return config
+
+
+def test_pretraining_resumes_exactly(small: build.PretrainConfig, tmp_path: Path) -> None:
+    through, first = build.diffusion_pretrainer(small), build.diffusion_pretrainer(small)
+    losses = [float(through.step()["loss"]) for _ in range(3)]
+    first.step()
+    first.save(tmp_path / "checkpoint")
+    second = build.diffusion_pretrainer(small)
+    second.load(tmp_path / "checkpoint")
+    assert [float(second.step()["loss"]) for _ in range(2)] == losses[1:]
+    for resumed, uninterrupted in zip(
+        second.averaged.parameters(), through.averaged.parameters(), strict=True
+    ):
+        assert torch.equal(resumed, uninterrupted)
+    longer = small.model_copy(update={"diffusion": small.diffusion.model_copy(update={"steps": 9})})
+    with pytest.raises(ConfigError, match=r"steps \(3 -> 9\)"):
+        build.diffusion_pretrainer(longer).load(tmp_path / "checkpoint")
+
+
+def test_two_workers_share_a_batch(small: build.PretrainConfig) -> None:
+    whole = build.diffusion_pretrainer(small)._draw()
+    halves = [build.diffusion_pretrainer(small, rank=rank, world_size=2)._draw() for rank in (0, 1)]
+    for all_of_it, one, other in zip(whole, *halves, strict=True):
+        assert torch.equal(all_of_it[::2], one)
+        assert torch.equal(all_of_it[1::2], other)
+
+
+def test_the_text_encoder_rests_while_captions_are_careless(small: build.PretrainConfig) -> None:
+    learner = build.diffusion_pretrainer(small)
+    careless = []
+    for _ in range(3):
+        before = [p.detach().clone() for p in learner.trained.text.parameters()]
+        careless.append(learner.careless)
+        learner.step()
+        after = learner.trained.text.parameters()
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == careless[-1]
+    assert careless == [False, False, True]
 
 
 def test_whitening_makes_latents_standard_and_keeps_the_image() -> None:
@@ -72,18 +131,26 @@ def test_folding_leaves_reconstructions_as_they_were() -> None:
 
 def test_timesteps_favour_high_noise() -> None:
     timesteps = draw_timesteps(10_000, 0.25, torch.Generator().manual_seed(0))
-    assert (timesteps[:2_500] == 999).all()
+    assert (timesteps == 999).float().mean() == pytest.approx(0.25, abs=0.02)
     # The others have density 2t: a quarter of them below the middle.
-    assert (timesteps[2_500:] < 500).float().mean() == pytest.approx(0.25, abs=0.02)
+    assert (timesteps[timesteps < 999] < 500).float().mean() == pytest.approx(0.25, abs=0.02)
     assert make_scheduler().alphas_cumprod[-1] == 0.0
 
 
-def test_captions_are_wrong_as_often_as_stated() -> None:
+def test_captions_take_lookalikes_as_often_as_stated() -> None:
     rng = np.random.default_rng(0)
-    scene = Scene("star", "red", 2, "on grass", 0)
-    seen = [corrupt(scene, CaptionNoise(colour=0.4), rng) for _ in range(3_000)]
-    assert np.mean([s.colour != "red" for s in seen]) == pytest.approx(0.4, abs=0.04)
-    assert all((s.object, s.count, s.background) == ("star", 2, "on grass") for s in seen)
+    scene = Scene("star", "red", 3, "at night", 0)
+    seen = [corrupt(scene, CaptionNoise(colour=0.4, count=0.6, background=1.0), rng) for _ in range(3_000)]
+    assert np.mean([s.colour == "orange" for s in seen]) == pytest.approx(0.4, abs=0.04)
+    assert np.mean([s.count == 4 for s in seen]) == pytest.approx(0.6, abs=0.04)
+    assert {s.colour for s in seen} == {"red", "orange"}
+    assert all((s.object, s.background, s.seed) == ("star", "at night", 0) for s in seen)
+
+
+def test_lookalikes_are_mutual_words_of_one_attribute() -> None:
+    for one, other in LOOKALIKES.items():
+        assert LOOKALIKES[other] == one
+        assert sum({one, other} <= set(words) for words in ATTRIBUTES.values()) == 1
 
 
 def test_captions_are_prompts_of_the_grammar() -> None:

@@ -6,7 +6,7 @@ Every function stands alone, so that any scheduler of work can run it (ray_jobs.
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from accord.artifacts import Manifest, artifact_writer, read_manifest, save_tensors
+from accord.artifacts import Manifest, artifact_writer, load_tensors, read_manifest, save_tensors
 from accord.config import Config
 from accord.diffusion.model import DiffusionModel, save_diffusion_model
 from accord.diffusion.sample import SamplerConfig, sample_images
@@ -24,13 +24,14 @@ from accord.prompts import load_grammar
 from accord.shapes.evaluator import ShapesEvaluator
 from accord.shapes.judge import Reading, fits, read
 from accord.shapes.pretraining.clip import ClipConfig, train_clip, zero_shot
-from accord.shapes.pretraining.data import Log, SceneConfig, draw_scenes, to_float
-from accord.shapes.pretraining.diffusion import DiffusionConfig, train_diffusion
+from accord.shapes.pretraining.data import Log, SceneConfig, draw_scenes, random_scenes, to_float
+from accord.shapes.pretraining.diffusion import DiffusionConfig, DiffusionPretrainer
 from accord.shapes.pretraining.evaluator import EvaluatorConfig, train_evaluator
 from accord.shapes.pretraining.tokenizer import write_tokenizer
-from accord.shapes.pretraining.vae import VaeConfig, train_vae
+from accord.shapes.pretraining.vae import VaeConfig, encode_mean, train_vae
 from accord.shapes.scene import ATTRIBUTES, Scene
 
+LATENTS = "latents.safetensors"
 HELD_OUT = SceneConfig(count=600, seed=99)
 """Scenes that nothing is trained on, to say how well each part reads or redraws."""
 
@@ -95,25 +96,42 @@ def build_clip(config: PretrainConfig, log: Log) -> Manifest:
     return read_manifest(config.output / "clip")
 
 
-def build_diffusion(config: PretrainConfig, log: Log) -> Manifest:
-    """Train the text-to-image model; needs the autoencoder."""
+def encode_scenes(config: PretrainConfig) -> None:
+    """The latents that the text-to-image model learns from, once for all workers; needs the autoencoder."""
     torch.set_num_threads(config.threads)
-    vae, grammar = _load_vae(config), load_grammar(config.grammar)
-    words = config.output / ".tokenizer"
-    write_tokenizer(words, grammar)
-    tokenizer = CLIPTokenizer.from_pretrained(words)
+    data = draw_scenes(_diffusion_scenes(config))
+    save_tensors(config.output / LATENTS, {"latents_NCHW": encode_mean(_load_vae(config), data.images_NCHW)})
 
-    def probe(model: DiffusionModel, step: int) -> None:
-        log(f"diffusion {step}: {probe_success(model, config.grammar)}")
 
-    data = draw_scenes(config.scenes)
-    model = train_diffusion(data, vae, tokenizer, grammar, config.diffusion, log, probe)
-    inputs = {"vae": read_manifest(config.output / "vae").digest}
-    shutil.rmtree(words)
+def diffusion_pretrainer(config: PretrainConfig, **distributed: Any) -> DiffusionPretrainer:
+    """The learner of the text-to-image model, after `encode_scenes`.
+
+    Args:
+        distributed: rank, world_size and wrap.
+    """
+    grammar = load_grammar(config.grammar)
+    with tempfile.TemporaryDirectory() as words:
+        write_tokenizer(Path(words), grammar)
+        tokenizer = CLIPTokenizer.from_pretrained(words)
+    scenes = random_scenes(_diffusion_scenes(config))
+    latents_NCHW = load_tensors(config.output / LATENTS)["latents_NCHW"]
+    return DiffusionPretrainer(
+        scenes, latents_NCHW, _load_vae(config), tokenizer, grammar, config.diffusion, **distributed
+    )
+
+
+def _diffusion_scenes(config: PretrainConfig) -> SceneConfig:
+    return config.scenes.model_copy(update={"count": config.diffusion.scenes})
+
+
+def save_diffusion(config: PretrainConfig, model: DiffusionModel, log: Log) -> Manifest:
+    """The trained text-to-image model as an artifact; says what it can draw."""
+    for scale in (1.5, 2.0, 3.0):
+        log(f"diffusion: {probe_success(model, config.grammar, scale)}")
     return save_diffusion_model(
         model,
         config.output / "diffusion",
-        inputs=inputs,
+        inputs={"vae": read_manifest(config.output / "vae").digest},
         config=config.diffusion.model_dump(mode="json"),
         seed=config.diffusion.seed,
         dtype=torch.float16,

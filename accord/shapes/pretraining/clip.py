@@ -1,6 +1,6 @@
 """Trains the sandbox's CLIP from nothing, on renders and on their reconstructions by the autoencoder.
 
-Half of each batch are hard negatives: scenes that share words, so that their captions differ in few.
+Half of each batch are hard negatives: scenes that share two words, so that their captions differ in few.
 
 Legend: B batch, C channels, H W pixels, T tokens, D embedding.
 """
@@ -31,12 +31,13 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 class ClipConfig(Config):
     """Sizes, caption noise and optimisation of CLIP."""
 
-    steps: int = 900
+    steps: int = 1_600
     batch_size: int = 96
     group_size: int = 6
     learning_rate: float = 1e-3
     embed_dim: int = 256
-    noise: CaptionNoise = CaptionNoise(colour=0.1, count=0.15, background=0.1)
+    noise: CaptionNoise = CaptionNoise(colour=0.2, count=0.3, background=0.2)
+    """Like the diffusion model's, but milder: a CLIP that read all captions rightly would need no reward."""
     seed: int = 4
 
 
@@ -61,17 +62,32 @@ def write_architecture(directory: Path, grammar: Grammar, config: ClipConfig) ->
     (directory / "open_clip_config.json").write_text(text + "\n")
 
 
-def _grouped(
-    index_B: Tensor, data: SceneData, by_words: dict[tuple[str, str], list[int]], size: int
-) -> Tensor:
-    """Replace each group of `size` scenes by scenes with the object and colour of its first."""
-    out = index_B.clone()
-    for start in range(0, len(index_B) // 2, size):
-        scene = data.scenes[int(index_B[start])]
-        alike = by_words[(scene.object, scene.colour)]
-        for i in range(start + 1, min(start + size, len(index_B) // 2)):
-            out[i] = alike[int(index_B[i]) % len(alike)]
-    return out
+HARD_NEGATIVES = (("object", "colour"), ("colour", "count"))
+"""What the scenes of a group share, in turn: so that captions differ in little, and in each attribute."""
+
+
+class _Groups:
+    """Makes the first half of a batch into groups of scenes that share two words."""
+
+    def __init__(self, data: SceneData, size: int) -> None:
+        self.words, self.size = [scene.words for scene in data.scenes], size
+        self.alike: list[dict[tuple[str, ...], list[int]]] = []
+        for names in HARD_NEGATIVES:
+            members: dict[tuple[str, ...], list[int]] = {}
+            for i, words in enumerate(self.words):
+                members.setdefault(tuple(words[name] for name in names), []).append(i)
+            self.alike.append(members)
+
+    def __call__(self, index_B: Tensor) -> Tensor:
+        """Each group's scenes replaced by scenes that share two words with its first."""
+        out, half = index_B.clone(), len(index_B) // 2
+        for number, start in enumerate(range(0, half, self.size)):
+            kind = number % len(HARD_NEGATIVES)
+            first = self.words[int(index_B[start])]
+            alike = self.alike[kind][tuple(first[name] for name in HARD_NEGATIVES[kind])]
+            for i in range(start + 1, min(start + self.size, half)):
+                out[i] = alike[int(index_B[i]) % len(alike)]
+        return out
 
 
 def train_clip(
@@ -92,12 +108,12 @@ def train_clip(
     torch.manual_seed(config.seed)
     name = f"local-dir:{directory}"
     model: Any = open_clip.create_model(name, precision="fp32", device="cpu", load_weights=False).train()
+    model = model.to(memory_format=torch.channels_last)  # a fifth faster on CPUs
     tokenize: Any = open_clip.get_tokenizer(name)
     generator = torch.Generator().manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
-    by_words: dict[tuple[str, str], list[int]] = {}
-    for i, scene in enumerate(data.scenes):
-        by_words.setdefault((scene.object, scene.colour), []).append(i)
+    group = _Groups(data, config.group_size)
+    redrawn_NCHW = reconstruct(data.images_NCHW)
     mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
@@ -105,10 +121,8 @@ def train_clip(
     for step in range(config.steps):
         optimizer.param_groups[0]["lr"] = config.learning_rate * cosine(step, config.steps)
         index_B = torch.randint(len(data.scenes), (config.batch_size,), generator=generator)
-        index_B = _grouped(index_B, data, by_words, config.group_size)
-        images = random_flip(data.images_NCHW[index_B], generator)
-        if step % 2:
-            images = reconstruct(images)
+        index_B = group(index_B)
+        images = random_flip((data.images_NCHW, redrawn_NCHW)[step % 2][index_B], generator)
         texts = [
             caption(corrupt(data.scenes[i], config.noise, rng), grammar, rng, name_all=0.6)
             for i in index_B.tolist()

@@ -33,10 +33,15 @@ class SceneData:
     images_NCHW: Tensor
 
 
-def draw_scenes(config: SceneConfig) -> SceneData:
-    """Render `config.count` random scenes."""
+def random_scenes(config: SceneConfig) -> list[Scene]:
+    """`config.count` random scenes."""
     rng = np.random.default_rng(config.seed)
-    scenes = [random_scene(rng) for _ in range(config.count)]
+    return [random_scene(rng) for _ in range(config.count)]
+
+
+def draw_scenes(config: SceneConfig) -> SceneData:
+    """`random_scenes`, rendered."""
+    scenes = random_scenes(config)
     images = np.stack([render(scene) for scene in scenes])
     return SceneData(scenes, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
 

@@ -9,7 +9,8 @@ Legend: N scenes, B batch, C H W latents, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,30 +19,39 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from accord.artifacts import Manifest, artifact_writer, load_tensors, save_tensors, verify
 from accord.config import Config
 from accord.diffusion.model import DiffusionModel
 from accord.diffusion.objectives import add_noise, denoising_loss, denoising_target
 from accord.prompts import Grammar
 from accord.shapes.captions import PRETRAINING_NOISE, CaptionNoise, caption, corrupt
-from accord.shapes.pretraining.data import Log, SceneData, cosine
+from accord.shapes.pretraining.data import cosine
 from accord.shapes.pretraining.tokenizer import CONTEXT_LENGTH
-from accord.shapes.pretraining.vae import encode_mean
+from accord.shapes.scene import Scene
+from accord.training import generator_for, refuse_another_run
+
+CHECKPOINT_KIND = "pretraining_checkpoint"
 
 
 class DiffusionConfig(Config):
     """Sizes, caption noise and optimisation of the base model."""
 
-    steps: int = 5_500
-    batch_size: int = 32
+    scenes: int = 32_000
+    steps: int = 8_000
+    batch_size: int = 64
+    """Over all workers."""
     learning_rate: float = 1e-3
-    noisy_share: float = 0.25
+    noisy_share: float = 0.3
+    """Last part of the training, with careless captions; the text encoder rests then, as SD's."""
     noise: CaptionNoise = PRETRAINING_NOISE
     pure_noise_share: float = 0.2
     prompt_dropout: float = 0.1
-    ema_decay: float = 0.997
+    ema_decay: float = 0.998
     channels: tuple[int, ...] = (64, 128)
+    heads: int = 4
     text_width: int = 96
-    probe_every: int = 500
+    workers: int = 2
+    """Share each batch; with more of them the sums of gradients differ in the last bits."""
     seed: int = 5
 
 
@@ -73,7 +83,7 @@ def make_networks(tokenizer: CLIPTokenizer, config: DiffusionConfig, latents: in
         down_block_types=("CrossAttnDownBlock2D",) * len(config.channels),
         up_block_types=("CrossAttnUpBlock2D",) * len(config.channels),
         cross_attention_dim=config.text_width,
-        attention_head_dim=8,
+        attention_head_dim=config.heads,
         norm_num_groups=16,
     )
     text = CLIPTextModel(
@@ -97,75 +107,152 @@ def draw_timesteps(batch_size: int, pure_noise_share: float, generator: torch.Ge
     """t = 1000 sqrt(u), more at high noise, with a share at the last step, which shows the words alone."""
     u_B = torch.rand(batch_size, generator=generator)
     timesteps_B = (1000 * u_B.sqrt()).long().clamp(max=999)
-    timesteps_B[: int(pure_noise_share * batch_size)] = 999
+    timesteps_B[torch.rand(batch_size, generator=generator) < pure_noise_share] = 999
     return timesteps_B
 
 
-def train_diffusion(
-    data: SceneData,
-    vae: Any,
-    tokenizer: CLIPTokenizer,
-    grammar: Grammar,
-    config: DiffusionConfig,
-    log: Log,
-    probe: Callable[[DiffusionModel, int], None],
-) -> DiffusionModel:
-    """Denoising (v) on latents, UNet and text encoder jointly; returns their moving averages.
+class _Denoiser(nn.Module):
+    """UNet and text encoder as one network, so that one gradient exchange serves both."""
 
-    Args:
-        probe: called every `probe_every` steps with the averaged model, to watch what it has learned.
+    def __init__(self, unet: nn.Module, text: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text = unet, text
+
+    def forward(self, noisy_BCHW: Tensor, timesteps_B: Tensor, ids_BT: Tensor) -> Tensor:
+        text_BTD = self.text(ids_BT).last_hidden_state
+        prediction_BCHW: Tensor = self.unet(noisy_BCHW, timesteps_B, text_BTD).sample
+        return prediction_BCHW
+
+
+class DiffusionPretrainer:
+    """Denoising (v) on latents, UNet and text encoder jointly; a Learner, as ray_jobs.train has it.
+
+    The batch of step s is drawn whole from (seed, s), and each worker takes every world_size-th sample: so a
+    resumed run computes the same as an uninterrupted one.
     """
-    torch.manual_seed(config.seed)
-    rng = np.random.default_rng(config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    latents_NCHW = encode_mean(vae, data.images_NCHW)
-    scheduler = make_scheduler()
-    alphas_cumprod = scheduler.alphas_cumprod
-    unet, text = make_networks(tokenizer, config, latents_NCHW.shape[1])
-    trained = nn.ModuleList([unet, text]).train()
-    averaged_unet, averaged_text = make_networks(tokenizer, config, latents_NCHW.shape[1])
-    averaged = nn.ModuleList([averaged_unet, averaged_text]).eval().requires_grad_(False)
-    averaged.load_state_dict(trained.state_dict())
-    optimizer = torch.optim.AdamW(
-        trained.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
-    )
-    ids: dict[str, list[int]] = {}
 
-    def tokens(texts: list[str]) -> Tensor:
-        for words in texts:
-            if words not in ids:
-                ids[words] = tokenizer(words, padding="max_length", max_length=CONTEXT_LENGTH).input_ids
-        return torch.tensor([ids[words] for words in texts])
-
-    def model() -> DiffusionModel:
-        return DiffusionModel(
-            averaged_unet, vae, averaged_text, tokenizer, scheduler, directory="", digest=""
-        )
-
-    for step in range(config.steps):
-        optimizer.param_groups[0]["lr"] = config.learning_rate * cosine(step, config.steps, warmup=100)
-        noise_now = config.noise if step >= (1 - config.noisy_share) * config.steps else CaptionNoise()
-        index_B = torch.randint(len(data.scenes), (config.batch_size,), generator=generator)
-        drop_B = rng.random(config.batch_size) < config.prompt_dropout
-        texts = [
-            "" if drop else caption(corrupt(data.scenes[i], noise_now, rng), grammar, rng)
-            for i, drop in zip(index_B.tolist(), drop_B, strict=True)
+    def __init__(
+        self,
+        scenes: Sequence[Scene],
+        latents_NCHW: Tensor,
+        vae: Any,
+        tokenizer: CLIPTokenizer,
+        grammar: Grammar,
+        config: DiffusionConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self.vae, self.tokenizer, self.grammar, self.config = vae, tokenizer, grammar, config
+        self.rank, self.world_size = rank, world_size
+        self.scenes, self.latents_NCHW = scenes, latents_NCHW
+        self.scheduler = make_scheduler()
+        channels = self.latents_NCHW.shape[1]
+        self.trained = _Denoiser(*make_networks(tokenizer, config, channels)).train()
+        self.trained.unet.to(memory_format=torch.channels_last)
+        self.averaged = _Denoiser(*make_networks(tokenizer, config, channels)).eval().requires_grad_(False)
+        self.averaged.load_state_dict(self.trained.state_dict())
+        self.forward = wrap(self.trained) if wrap else self.trained
+        groups: list[dict[str, Any]] = [
+            {"params": list(part.parameters())} for part in (self.trained.unet, self.trained.text)
         ]
-        latents = latents_NCHW[index_B]
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps_B = draw_timesteps(config.batch_size, config.pure_noise_share, generator)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+        )
+        self.ids: dict[str, list[int]] = {}
+        self.step_index = 0
+
+    @property
+    def careless(self) -> bool:
+        """Whether captions are wrong in part by now."""
+        return self.step_index >= (1 - self.config.noisy_share) * self.config.steps
+
+    def step(self) -> dict[str, Tensor]:
+        """One optimiser step; the loss is that of this worker's share."""
+        config = self.config
+        latents, noise, timesteps_B, ids_BT = self._draw()
+        alphas_cumprod = self.scheduler.alphas_cumprod
         noisy = add_noise(latents, noise, timesteps_B, alphas_cumprod)
         target = denoising_target(latents, noise, timesteps_B, alphas_cumprod, "v_prediction")
-        text_BTD = text(tokens(texts)).last_hidden_state
-        loss = denoising_loss(unet(noisy, timesteps_B, text_BTD).sample, target).mean()
-        optimizer.zero_grad(set_to_none=True)
+        loss = denoising_loss(self.forward(noisy, timesteps_B, ids_BT), target).mean()
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        decay = min(config.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(averaged.parameters()), list(trained.parameters()), 1 - decay)
-        if step % 100 == 0:
-            log(f"diffusion {step}/{config.steps} loss {loss.item():.4f}")
-        if step % config.probe_every == config.probe_every - 1:
-            probe(model(), step + 1)
-    return model()
+        torch.nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
+        rate = config.learning_rate * cosine(self.step_index, config.steps, warmup=100)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.param_groups[1]["lr"] = 0.0 if self.careless else rate
+        self.optimizer.step()
+        decay = min(config.ema_decay, (1 + self.step_index) / (10 + self.step_index))
+        averaged: list[Tensor] = list(self.averaged.parameters())
+        trained: list[Tensor] = list(self.trained.parameters())
+        torch._foreach_lerp_(averaged, trained, 1 - decay)
+        self.step_index += 1
+        return {"loss": loss.detach()}
+
+    def model(self) -> DiffusionModel:
+        """The moving averages as a model."""
+        unet, text = self.averaged.unet, self.averaged.text
+        return DiffusionModel(unet, self.vae, text, self.tokenizer, self.scheduler, directory="", digest="")
+
+    def save(self, directory: str | Path) -> Manifest:
+        """Weights, averages, optimiser state and step: all or nothing."""
+        tensors: dict[str, Tensor] = {
+            f"averaged.{name}": value for name, value in self.averaged.named_parameters()
+        }
+        for name, parameter in self.trained.named_parameters():
+            tensors[f"trained.{name}"] = parameter
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
+        tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
+        config = self.config.model_dump(mode="json") | {"step": self.step_index}
+        with artifact_writer(
+            directory, CHECKPOINT_KIND, inputs={}, config=config, seed=self.config.seed
+        ) as temporary:
+            save_tensors(temporary / "state.safetensors", tensors)
+        return verify(directory, CHECKPOINT_KIND)
+
+    @torch.no_grad()
+    def load(self, directory: str | Path) -> None:
+        """Goes on from a checkpoint. Raises ConfigError for one of another config."""
+        stored = dict(verify(directory, CHECKPOINT_KIND).config)
+        step = int(stored.pop("step"))
+        refuse_another_run(stored, self.config.model_dump(mode="json"), directory)
+        tensors = load_tensors(Path(directory) / "state.safetensors")
+        for name, parameter in self.averaged.named_parameters():
+            parameter.copy_(tensors[f"averaged.{name}"])
+        names = {id(parameter): name for name, parameter in self.trained.named_parameters()}
+        ordered = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+        state = {}
+        for number, name in enumerate(ordered):
+            self.trained.get_parameter(name).copy_(tensors[f"trained.{name}"])
+            keys = ("step", "exp_avg", "exp_avg_sq") if step > 0 else ()
+            state[number] = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step_index = step
+
+    def _draw(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This worker's part of the step's batch: latents, noise, timesteps and token ids."""
+        config, total = self.config, self.config.batch_size
+        generator = generator_for(config.seed, "batch", self.step_index)
+        rng = np.random.default_rng([config.seed, self.step_index])
+        errors = config.noise if self.careless else CaptionNoise()
+        index_B = torch.randint(len(self.scenes), (total,), generator=generator)
+        drop_B = rng.random(total) < config.prompt_dropout
+        texts = [
+            "" if drop else caption(corrupt(self.scenes[i], errors, rng), self.grammar, rng)
+            for i, drop in zip(index_B.tolist(), drop_B, strict=True)
+        ]
+        timesteps_B = draw_timesteps(total, config.pure_noise_share, generator)
+        noise = torch.randn((total, *self.latents_NCHW.shape[1:]), generator=generator)
+        mine = slice(self.rank, None, self.world_size)
+        ids_BT = torch.tensor([self._tokens(text) for text in texts[mine]])
+        return self.latents_NCHW[index_B[mine]], noise[mine], timesteps_B[mine], ids_BT
+
+    def _tokens(self, text: str) -> list[int]:
+        if text not in self.ids:
+            encoded = self.tokenizer(text, padding="max_length", max_length=CONTEXT_LENGTH)
+            self.ids[text] = list(encoded.input_ids)
+        return self.ids[text]
