@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo study test lint format clean
 
 help: ## show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-8s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## run the paper's loop on the world of shapes (ARGS="--set seed=1" to change the recipe)
 	$(BIN)/accord demo $(ARGS)
+
+study: $(STAMP) ## compare objectives over five seeds, some hours on two cores (it resumes; see docs/study.md)
+	$(BIN)/accord study --study recipes/sandbox/study.yaml $(ARGS)
 
 test: $(STAMP) ## run the tests (ARGS="-m 'not slow'" to choose)
 	$(BIN)/python -m pytest $(ARGS)

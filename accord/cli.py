@@ -129,6 +129,12 @@ def report(context: typer.Context) -> None:
     run_job("report", context.args)
 
 
+@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
+def study(context: typer.Context) -> None:
+    """Compare ways of training over several seeds, with intervals."""
+    run_job("study", context.args)
+
+
 @app.command("pretrain-shapes", context_settings=_PASS_ON, rich_help_panel="Making the sandbox")
 def pretrain_shapes(context: typer.Context) -> None:
     """Make the weights of the world of shapes from nothing."""
