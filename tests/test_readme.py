@@ -34,6 +34,8 @@ def shrunk(command: str, directory: Path) -> list[str]:
     words = [re.sub(r"^(sqlite:///)?runs/", rf"\g<1>{directory}/", word) for word in words]
     venv = Path(sys.executable).parent
     words[0] = words[0].replace(".venv/bin", str(venv))
+    if "--study" in words:
+        words += ["--set", f"run_dir={directory}/study"]
     if command == "make demo":
         arguments = f"--recipe recipes/sandbox/smoke.yaml --run-dir {directory}/demo"
         made = ["-o", f"{venv.parent}/.installed", f"VENV={venv.parent}"]  # this environment, as it is

@@ -238,7 +238,10 @@ class Finetuner:
         levels = len(self.alphas_cumprod_T)
         uniform = torch.rand(total, generator=generator, dtype=torch.float64)
         timesteps = (levels * uniform ** (1.0 / config.timestep_power)).long().clamp(max=levels - 1)
-        dropped = torch.rand(total, generator=generator) < config.condition_dropout
+        dropout = torch.full((total,), config.condition_dropout)
+        if config.pretraining_condition_dropout is not None:
+            dropout[self.num_model :] = config.pretraining_condition_dropout
+        dropped = torch.rand(total, generator=generator) < dropout
 
         positions = range(self.rank, total, self.world_size)
         mine = torch.tensor(positions)

@@ -71,6 +71,9 @@ class FinetuneConfig(Config):
     """Timesteps are T * u**(1 / power), u uniform: 1 is uniform, more draws towards high noise."""
     condition_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of samples trained without their prompt, so that guidance goes on working."""
+    pretraining_condition_dropout: float | None = Field(default=None, ge=0.0, le=1.0)
+    """The same share among pre-training images; None: as among the generated ones. 1 keeps images natural
+    without teaching the errors of the captions again."""
     ema_decay: float = Field(default=0.999, ge=0.0, lt=1.0)
     """Decay of the averaged weights, which are what a run hands on; 0 for no averaging."""
     adam_betas: tuple[float, float] = (0.9, 0.999)

@@ -78,18 +78,22 @@ def test_loss_is_equation_2_of_the_batch_drawn(tiny_model: DiffusionModel) -> No
     torch.testing.assert_close(metrics["model_loss_unweighted"], loss_B[:5].mean(), rtol=1e-4, atol=1e-5)
 
 
+OBJECTIVES = ("reward_weighted_likelihood", "advantage_weighted_matching", "diffusion_nft")
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("gradient_accumulation", [1, 2])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_any_number_of_workers_is_one(
-    tiny_model: DiffusionModel, world_size: int, gradient_accumulation: int
+    tiny_model: DiffusionModel, world_size: int, gradient_accumulation: int, objective: str
 ) -> None:
     data = make_data(tiny_model)
-    whole = Finetuner(tiny_model, data, config(), seed=5)
+    whole = Finetuner(tiny_model, data, config(objective=objective), seed=5)
     parts = [
         Finetuner(
             tiny_model,
             data,
-            config(gradient_accumulation=gradient_accumulation),
+            config(objective=objective, gradient_accumulation=gradient_accumulation),
             seed=5,
             rank=rank,
             world_size=world_size,
@@ -232,6 +236,50 @@ def test_condition_dropout_uses_the_empty_prompt(tiny_model: DiffusionModel) -> 
     assert all(torch.equal(text, data.empty_text_TD) for text in dropped.text_BTD)
     kept = Finetuner(tiny_model, data, config(condition_dropout=0.0), seed=0)._draw(0)
     assert not any(torch.equal(text, data.empty_text_TD) for text in kept.text_BTD)
+
+
+def test_pretraining_images_may_lose_their_captions_alone(tiny_model: DiffusionModel) -> None:
+    data = make_data(tiny_model)
+    settings = config(condition_dropout=0.0, pretraining_condition_dropout=1.0)
+    batch = Finetuner(tiny_model, data, settings, seed=0)._draw(0)
+    is_empty = [torch.equal(text, data.empty_text_TD) for text in batch.text_BTD]
+    assert is_empty == [False] * 5 + [True] * 3
+
+
+def test_signed_objectives_go_towards_better_and_away_from_worse_images(tiny_model: DiffusionModel) -> None:
+    data = make_data(tiny_model, images=2)
+    data = replace(data, text_index_N=torch.zeros(2, dtype=torch.long), reward_N=torch.tensor([0.9, 0.1]))
+    changes = {"condition_dropout": 0.0, "beta": 0.0, "batch_size": 16, "ema_decay": 0.0, "steps": 20}
+
+    def losses(unet: torch.nn.Module) -> list[float]:
+        """Denoising loss of the better and of the worse image, on the same noise."""
+        settings = config(**{**changes, "weighting": "threshold", "batch_size": 64})
+        found = []
+        for reward in ([1.0, 0.0], [0.0, 1.0]):
+            batch = Finetuner(
+                tiny_model, replace(data, reward_N=torch.tensor(reward)), settings, seed=9
+            )._draw(0)
+            with torch.no_grad():
+                out = unet(batch.noisy_BCHW, batch.timesteps_B, encoder_hidden_states=batch.text_BTD).sample
+            found.append(float((out - batch.target_BCHW).square().mean()))
+        return found
+
+    better, worse = losses(tiny_model.unet)
+    for objective, options in (
+        ("advantage_weighted_matching", {"advantage_clip": 1.0, "anchor": 1.2}),
+        ("diffusion_nft", {"advantage_clip": 1.0, "nft_strength": 0.5}),
+    ):
+        tuner = Finetuner(tiny_model, data, config(objective=objective, **options, **changes), seed=0)
+        assert tuner.weight_N.tolist() == [1.0, -1.0]
+        for _ in range(20):
+            tuner.step()
+        after = losses(tuner.unet)
+        assert after[0] - better < after[1] - worse, objective
+
+
+def test_an_anchor_too_weak_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"anchor \(1\.0\) is above advantage_clip \(2\.0\)"):
+        config(objective="advantage_weighted_matching", anchor=1.0, advantage_clip=2.0)
 
 
 def test_timestep_power_draws_towards_high_noise(tiny_model: DiffusionModel) -> None:

@@ -49,7 +49,7 @@ def test_a_batch_is_named_by_all_that_determines_its_images() -> None:
 
 @pytest.mark.cluster
 def test_only_missing_batches_are_computed(tmp_path: Path, model: Path, ray_cluster: RayConfig) -> None:
-    def run() -> list[str]:
+    def run(config: RayConfig = ray_cluster) -> list[str]:
         index = generate(
             rows(6, guidance_scale=2.0),
             models={"base": Source(model, "d")},
@@ -57,7 +57,7 @@ def test_only_missing_batches_are_computed(tmp_path: Path, model: Path, ray_clus
             batch_size=2,
             images=tmp_path / "images",
             work=tmp_path / "work",
-            config=ray_cluster,
+            config=config,
             title="test",
         )
         assert list(index.columns) == ["image", "width", "height"]
@@ -73,3 +73,6 @@ def test_only_missing_batches_are_computed(tmp_path: Path, model: Path, ray_clus
     assert shards[0].exists()
     assert {shard: shard.stat().st_mtime_ns for shard in shards[1:]} == written
     assert {path.stem for path in (tmp_path / "images").rglob("*.png")} == set(first)
+    for shard in shards:
+        shard.unlink()
+    assert run(ray_cluster.model_copy(update={"local": True})) == first, "without Ray, the same images"

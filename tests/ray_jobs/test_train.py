@@ -44,9 +44,27 @@ def test_workers_and_interruptions_change_nothing(
         assert torch.equal(same[name], tensor), name
         torch.testing.assert_close(close[name], tensor, rtol=1e-3, atol=1e-5)
 
+    here = ray_cluster.model_copy(update={"local": True})
+    (alone,) = train([training("here", model)], tmp_path, here)
+    for name, tensor in load_tensors(alone / "state.safetensors").items():
+        assert torch.equal(expected[name], tensor), name
+
     losses = [json.loads((tmp_path / name / "progress.json").read_text()) for name in ("whole", "shared")]
     assert losses[0]["step"] == losses[1]["step"] == STEPS
     assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-4)
+
+
+def test_without_ray_a_training_goes_on_from_its_newest_checkpoint(tmp_path: Path, model: Path) -> None:
+    here = RayConfig(local=True)
+    (whole,) = train([training("whole", model)], tmp_path, here)
+    mortal = training("mortal", model, dies_after=5, grave=str(tmp_path / "grave"), raises=True)
+    with pytest.raises(RuntimeError, match="died at step 5"):
+        train([mortal], tmp_path, here)
+    (resumed,) = train([mortal], tmp_path, here)
+    kept = sorted(path.name for path in resumed.parent.glob("step-*"))
+    assert kept == [f"step-{STEPS - 2:08d}", f"step-{STEPS:08d}"]
+    expected, same = (load_tensors(path / "state.safetensors") for path in (whole, resumed))
+    assert all(torch.equal(expected[name], same[name]) for name in expected)
 
 
 def test_an_error_in_building_arrives_as_itself_and_is_not_retried(

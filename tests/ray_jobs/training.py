@@ -14,10 +14,13 @@ STEPS = 6
 
 
 class Mortal:
-    """A learner whose process ends abruptly after some steps, unless `grave` says that it has died before."""
+    """A learner whose process ends abruptly after some steps, unless `grave` says that it has died before.
 
-    def __init__(self, learner: Finetuner, dies_after: int, grave: Path) -> None:
-        self.learner, self.dies_after, self.grave = learner, dies_after, grave
+    `raises`: an exception instead.
+    """
+
+    def __init__(self, learner: Finetuner, dies_after: int, grave: Path, raises: bool) -> None:
+        self.learner, self.dies_after, self.grave, self.raises = learner, dies_after, grave, raises
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.learner, name)
@@ -25,12 +28,22 @@ class Mortal:
     def step(self) -> dict[str, Any]:
         if self.learner.step_index == self.dies_after and not self.grave.exists():
             self.grave.touch()
+            if self.raises:
+                raise RuntimeError(f"died at step {self.dies_after}")
             os._exit(1)
         return self.learner.step()
 
 
 def build(
-    *, rank: int, world_size: int, wrap: Any, device: Any, model: str, dies_after: int = -1, grave: str = ""
+    *,
+    rank: int,
+    world_size: int,
+    wrap: Any,
+    device: Any,
+    model: str,
+    dies_after: int = -1,
+    grave: str = "",
+    raises: bool = False,
 ) -> Any:
     """A Build of ray_jobs.train."""
     generator = torch.Generator().manual_seed(0)
@@ -50,7 +63,7 @@ def build(
     config = FinetuneConfig(steps=STEPS, batch_size=4, pretraining_batch_size=4, learning_rate=1e-3)
     base = load_diffusion_model(model, device=device)
     learner = Finetuner(base, data, config, 0, rank=rank, world_size=world_size, wrap=wrap)
-    return Mortal(learner, dies_after, Path(grave))
+    return Mortal(learner, dies_after, Path(grave), raises)
 
 
 def build_nothing(**arguments: Any) -> Any:
