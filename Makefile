@@ -27,7 +27,7 @@ demo: $(STAMP) ## run the paper's loop on the world of shapes (ARGS="--set seed=
 	$(BIN)/accord demo $(ARGS)
 
 study: $(STAMP) ## compare objectives over five seeds, some hours on two cores (it resumes; see docs/study.md)
-	$(BIN)/accord study --study recipes/sandbox/study.yaml $(ARGS)
+	$(BIN)/accord study --study recipes/studies/sandbox.yaml $(ARGS)
 
 test: $(STAMP) ## run the tests (ARGS="-m 'not slow'" to choose)
 	$(BIN)/python -m pytest $(ARGS)

@@ -5,17 +5,20 @@ from pathlib import Path
 import pytest
 
 from accord.artifacts import canonical_json
-from accord.config import load_object
+from accord.config import load_object, load_yaml
 from accord.errors import ConfigError
 from accord.prompts import Category, Split
 from accord.recipe import Recipe, load_recipe
+from ray_jobs.study import StudyConfig
 from tests.conftest import ROOT
 
 DEMO = ROOT / "recipes" / "sandbox" / "demo.yaml"
 SMOKE = ROOT / "recipes" / "sandbox" / "smoke.yaml"
 PAPER = ROOT / "recipes" / "sd15" / "paper.yaml"
+STUDIES = sorted((ROOT / "recipes" / "studies").glob("*.yaml"))
 # pretrain.yaml makes the sandbox's weights: another kind of recipe, with a config of its own.
-LOOPS = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.stem != "pretrain")
+OTHER = {ROOT / "recipes" / "sandbox" / "pretrain.yaml", *STUDIES}
+LOOPS = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path not in OTHER)
 
 
 def images(recipe: Recipe) -> tuple[int, int]:
@@ -30,6 +33,26 @@ def images(recipe: Recipe) -> tuple[int, int]:
 @pytest.mark.parametrize("path", LOOPS, ids=lambda path: path.stem)
 def test_every_recipe_that_ships_loads(path: Path) -> None:
     assert load_recipe(path).run_dir.parts[0] == "runs"
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_arm_of_a_study_that_ships_is_a_recipe(path: Path) -> None:
+    study = load_yaml(StudyConfig, path)
+    assert study.run_dir.parts[0] == "runs"
+    for arm, changes in study.arms.items():
+        assert load_recipe(ROOT / study.recipe, [*study.set, *changes, "seed=1"]).seed == 1, arm
+
+
+def test_what_is_confirmed_was_studied_on_other_prompts_and_seeds() -> None:
+    study, confirmation = (
+        load_yaml(StudyConfig, ROOT / "recipes" / "studies" / name)
+        for name in ("sandbox.yaml", "sandbox_confirm.yaml")
+    )
+    assert len(study.seeds) >= 5
+    assert not set(study.seeds) & set(confirmation.seeds)
+    assert "evaluate.reserved_prompts=none" in study.set
+    assert "evaluate.reserved_prompts=only" in confirmation.set
+    assert confirmation.arms.items() <= study.arms.items()
 
 
 @pytest.mark.parametrize("path", [DEMO, SMOKE], ids=["demo", "smoke"])
@@ -86,6 +109,12 @@ def test_paper_recipe_says_of_each_choice_that_it_is_one() -> None:
         ("panel=raters", "panel"),
         ("seed=-1", "seed"),
         ("finetune.objective=ppo", "'ppo'"),
+        ("on_policy.rounds=2", "images must name prompts"),
+        (
+            "on_policy={rounds: 1, images: {prompts: {count: 99}, images_per_prompt: {count: 1}}}",
+            "on_policy.images.prompts: the plan asks for 99",
+        ),
+        ("evaluate.reserved_prompts=some", "reserved_prompts"),
     ],
 )
 def test_mistakes(override: str, expected: str) -> None:

@@ -5,7 +5,7 @@ import pytest
 from accord.config import validate
 from accord.errors import ConfigError, PromptError
 from accord.evaluation.config import EvaluateConfig, prompt_plans
-from accord.evaluation.plan import draw_prompts, evaluation_rows
+from accord.evaluation.plan import draw_prompts, evaluation_rows, is_reserved
 from accord.prompts import Category, Split, load_grammar
 
 
@@ -76,4 +76,21 @@ def test_too_few_prompts_say_how_many_there_are() -> None:
     with pytest.raises(PromptError, match="has 1 that are not used"):
         draw_prompts(
             config(choice={"prompts": counts}, test={"prompts": counts}), load_grammar("shapes"), seed=0
+        )
+
+
+def test_reserved_prompts_are_a_third_that_only_confirmations_see() -> None:
+    grammar = load_grammar("shapes")
+    prompts = grammar.all_prompts()
+    assert sum(map(is_reserved, prompts)) / len(prompts) == pytest.approx(1 / 3, abs=0.04)
+    few = {"seen": {"combination": 20}, "unseen_object": {"combination": 15}}
+    sections = {"choice": {"prompts": few}, "test": {"prompts": few}, "best_of": {"prompts": few}}
+    for reserved, share in (("none", {False}), ("only", {True}), ("any", {False, True})):
+        drawn = draw_prompts(config(reserved_prompts=reserved, **sections), grammar, seed=3)
+        assert {is_reserved(prompt) for group in drawn.values() for prompt in group} == share
+    with pytest.raises(PromptError, match=r"evaluate\.test\.prompts: .*not used elsewhere"):
+        draw_prompts(
+            config(reserved_prompts="only", **{**sections, "test": {"prompts": {"seen": {"count": 12}}}}),
+            grammar,
+            seed=3,
         )

@@ -33,7 +33,12 @@ def tiny(output: Path) -> build.PretrainConfig:
         evaluator=EvaluatorConfig(scenes=24, steps=2, batch_size=16),
         clip=ClipConfig(steps=2, batch_size=12),
         diffusion=DiffusionConfig(
-            scenes=24, steps=3, noisy_share=0.34, batch_size=4, channels=(32, 32), text_width=32
+            scenes=24,
+            legs=(2, 1),
+            careless_from=2,
+            batch_size=4,
+            channels=(32, 32),
+            text_width=32,
         ),
     )
 
@@ -80,9 +85,18 @@ def test_pretraining_resumes_exactly(small: build.PretrainConfig, tmp_path: Path
         second.averaged.parameters(), through.averaged.parameters(), strict=True
     ):
         assert torch.equal(resumed, uninterrupted)
-    longer = small.model_copy(update={"diffusion": small.diffusion.model_copy(update={"steps": 9})})
-    with pytest.raises(ConfigError, match=r"steps \(3 -> 9\)"):
+    longer = small.model_copy(update={"diffusion": small.diffusion.model_copy(update={"legs": (2, 9)})})
+    with pytest.raises(ConfigError, match=r"legs \(\[2, 1\] -> \[2, 9\]\)"):
         build.diffusion_pretrainer(longer).load(tmp_path / "checkpoint")
+
+
+def test_the_learning_rate_starts_again_in_each_leg() -> None:
+    config = DiffusionConfig(legs=(300, 200), learning_rates=(1.0, 0.5))
+    assert config.steps == 500
+    assert config.rate(99) == 1.0
+    assert config.rate(299) < 1e-3
+    assert config.rate(300 + 99) == 0.5
+    assert config.rate(499) < 1e-3
 
 
 def test_two_workers_share_a_batch(small: build.PretrainConfig) -> None:

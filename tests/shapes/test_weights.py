@@ -10,17 +10,26 @@ from diffusers import StableDiffusionPipeline
 
 from accord.artifacts import verify
 from accord.config import resolve_path
-from accord.prompts import load_grammar
+from accord.diffusion.model import load_diffusion_model
+from accord.diffusion.sample import SamplerConfig, sample_images
+from accord.prompts import Category, load_grammar
+from accord.shapes.captions import LOOKALIKES
 from accord.shapes.evaluator import ShapesEvaluator
 from accord.shapes.pretraining.clip import zero_shot
 from accord.shapes.scene import ATTRIBUTES, random_scene, render
 
 WEIGHTS = resolve_path("pkg://accord.shapes/weights")
+FROZEN = {
+    "clip": "ae8a39498ee19eb6d13dbeba2bcbcc200062bc8a9ca60bfeb11239b2af335d47",
+    "diffusion": "@DIFFUSION@",
+    "evaluator": "4a71f8c9a1e29c5d80c57acbcef1e21beb6b8ee7c5a2599d339c475eb40fe6b3",
+}
+"""What docs/study.md was measured with. Other weights need another study."""
 
 
-@pytest.mark.parametrize("name", ["diffusion", "clip", "evaluator"])
-def test_each_directory_matches_its_manifest(name: str) -> None:
-    assert verify(WEIGHTS / name).seed > 0
+@pytest.mark.parametrize("name", sorted(FROZEN))
+def test_each_directory_matches_its_manifest_and_is_frozen(name: str) -> None:
+    assert verify(WEIGHTS / name).digest == FROZEN[name]
 
 
 def test_together_at_most_40_megabytes_and_no_pickle() -> None:
@@ -42,15 +51,29 @@ def test_the_model_draws_in_unmodified_diffusers() -> None:
     assert images.images.std() > 0.05
 
 
-def test_clip_loads_in_unmodified_open_clip_and_tells_colours_and_backgrounds() -> None:
+def test_the_model_draws_well_and_errs_as_its_captions_did() -> None:
+    """120 images at guidance 2: shares of about 0.05 either way."""
+    grammar, model = load_grammar("shapes"), load_diffusion_model(WEIGHTS / "diffusion")
+    prompts = grammar.all_prompts(category=Category.COMBINATION)[:: 1164 // 120][:120]
+    images = sample_images(
+        model, [p.text for p in prompts], range(120), SamplerConfig(steps=10, guidance_scale=2.0)
+    )
+    evaluator = ShapesEvaluator()
+    assert evaluator.measure(images, prompts).readable_B.mean() > 0.8
+    _, names = evaluator.read(images)
+    named = [(p.count, seen) for p, seen in zip(prompts, names["count"], strict=True) if p.count and seen]
+    either = np.mean([seen in (word, LOOKALIKES[word]) for word, seen in named])
+    right = np.mean([seen == word for word, seen in named])
+    assert either > 0.8
+    assert 0.25 < right < 0.7
+
+
+def test_clip_loads_in_unmodified_open_clip_and_reads_renders() -> None:
     name = f"local-dir:{WEIGHTS / 'clip'}"
     model = open_clip.create_model(name, precision="fp32", device="cpu", require_pretrained=True).eval()
-    accuracy = zero_shot(model, WEIGHTS / "clip", load_grammar("shapes"), count=150)
-    assert accuracy["colour"] > 0.9
-    assert accuracy["background"] > 0.9
-    # Chance is 0.17 and 0.25.
-    assert accuracy["object"] > 0.4, accuracy
-    assert accuracy["count"] > 0.4, accuracy
+    accuracy = zero_shot(model, WEIGHTS / "clip", load_grammar("shapes"), count=300)
+    wanted = {"object": 0.9, "colour": 0.98, "count": 0.85, "background": 0.98}
+    assert all(accuracy[name] >= least for name, least in wanted.items()), accuracy
 
 
 def test_every_word_of_the_grammar_is_one_token() -> None:

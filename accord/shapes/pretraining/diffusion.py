@@ -37,12 +37,14 @@ class DiffusionConfig(Config):
     """Sizes, caption noise and optimisation of the base model."""
 
     scenes: int = 32_000
-    steps: int = 8_000
+    legs: tuple[int, ...] = (8_000, 6_000)
+    """Steps of each leg; the learning rate falls to zero in each (Loshchilov & Hutter 2017)."""
+    learning_rates: tuple[float, ...] = (1e-3, 5e-4)
+    """At the start of each leg."""
     batch_size: int = 64
     """Over all workers."""
-    learning_rate: float = 1e-3
-    noisy_share: float = 0.3
-    """Last part of the training, with careless captions; the text encoder rests then, as SD's."""
+    careless_from: int = 5_600
+    """The first step with careless captions; the text encoder rests from there on, as Stable Diffusion's."""
     noise: CaptionNoise = PRETRAINING_NOISE
     pure_noise_share: float = 0.2
     prompt_dropout: float = 0.1
@@ -53,6 +55,19 @@ class DiffusionConfig(Config):
     workers: int = 2
     """Share each batch; with more of them the sums of gradients differ in the last bits."""
     seed: int = 5
+
+    @property
+    def steps(self) -> int:
+        """Of all legs."""
+        return sum(self.legs)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        for leg, rate in zip(self.legs, self.learning_rates, strict=True):
+            if step < leg:
+                return rate * cosine(step, leg, warmup=100)
+            step -= leg
+        return 0.0
 
 
 def make_scheduler() -> Any:
@@ -158,16 +173,14 @@ class DiffusionPretrainer:
         groups: list[dict[str, Any]] = [
             {"params": list(part.parameters())} for part in (self.trained.unet, self.trained.text)
         ]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
-        )
+        self.optimizer = torch.optim.AdamW(groups, lr=config.rate(0), betas=(0.9, 0.99), weight_decay=0.01)
         self.ids: dict[str, list[int]] = {}
         self.step_index = 0
 
     @property
     def careless(self) -> bool:
         """Whether captions are wrong in part by now."""
-        return self.step_index >= (1 - self.config.noisy_share) * self.config.steps
+        return self.step_index >= self.config.careless_from
 
     def step(self) -> dict[str, Tensor]:
         """One optimiser step; the loss is that of this worker's share."""
@@ -180,7 +193,7 @@ class DiffusionPretrainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
-        rate = config.learning_rate * cosine(self.step_index, config.steps, warmup=100)
+        rate = config.rate(self.step_index)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.param_groups[1]["lr"] = 0.0 if self.careless else rate
         self.optimizer.step()
