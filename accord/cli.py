@@ -17,9 +17,7 @@ from accord.errors import AccordError, ConfigError
 
 DEMO_RECIPE = Path("recipes") / "sandbox" / "demo.yaml"
 
-_EPILOG = (
-    "Each command takes --recipe FILE, --set SECTION.KEY=VALUE, --run-dir and --address: see its --help."
-)
+_EPILOG = "Each stage takes --recipe FILE, --set SECTION.KEY=VALUE, --run-dir and --address: see its --help."
 # All options go to the job as they are, --help too.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -129,7 +127,7 @@ def report(context: typer.Context) -> None:
     run_job("report", context.args)
 
 
-@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
+@app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
 def study(context: typer.Context) -> None:
     """Compare ways of training over several seeds, with intervals."""
     run_job("study", context.args)

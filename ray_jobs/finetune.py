@@ -37,7 +37,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
     pretraining = sources.run(recipe, run_dir, "pretraining")
     base = inputs.base_model(recipe)
     digests = {"model": base.digest, "scores": scores.digest, "pretraining": pretraining.digest}
-    rounds = recipe.on_policy.model_dump(mode="json") if recipe.on_policy.rounds else {}
+    rounds = _rounds_config(recipe)
     configs = {
         "aligned": recipe.finetune,
         "control": recipe.finetune.model_copy(
@@ -63,7 +63,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
             checkpoints = train(trainings, run_dir / "train", recipe.ray)
             for training, checkpoint in zip(trainings, checkpoints, strict=True):
                 if training.name == "aligned" and recipe.on_policy.rounds:
-                    training, checkpoint = _further_rounds(recipe, run_dir, training, checkpoint)
+                    training, checkpoint = _further_rounds(recipe, run_dir, stages, training, checkpoint)
                 stage = stages[training.name.partition("-")[0]]
                 _save(training, checkpoint, run_dir / stage.name, stage.inputs, stage.config)
     return read_manifest(run_dir / "aligned")
@@ -84,8 +84,16 @@ def _first_images(recipe: Recipe, run_dir: Path) -> pd.DataFrame:
     return scores[["image", "prompt", "reward"]]
 
 
+def _rounds_config(recipe: Recipe) -> dict[str, Any]:
+    """All that determines the images of further rounds; empty without any."""
+    if not recipe.on_policy.rounds:
+        return {}
+    collected = recipe.collect.model_dump(mode="json", include={"sampler", "batch_size"})
+    return {**recipe.on_policy.model_dump(mode="json"), **collected, "grammar": recipe.grammar}
+
+
 def _further_rounds(
-    recipe: Recipe, run_dir: Path, training: Training, checkpoint: Path
+    recipe: Recipe, run_dir: Path, stages: Mapping[str, Stage], training: Training, checkpoint: Path
 ) -> tuple[Training, Path]:
     """Each round draws images from the model as it is by then, scores them, and fine-tunes on them; the last
     round's training and its checkpoint.
@@ -94,15 +102,18 @@ def _further_rounds(
         directory = run_dir / "work" / "aligned" / f"round-{number}"
         model = directory / "model"
         if not (model / "manifest.json").exists():
-            _save(training, checkpoint, model, {}, {})
+            stage = stages["aligned"]
+            _save(training, checkpoint, model, stage.inputs, {**stage.config, "rounds_done": number - 1})
         source = Source(model, read_manifest(model).digest)
         images = collect.generate_part(
             recipe, run_dir, f"round {number}", recipe.on_policy.images, source, directory
         )
         if not (directory / "data.safetensors").exists():
-            images["reward"] = score_images(recipe, run_dir, ["reward"], images)["reward"]
+            scores = cluster.on_device(recipe.ray, score_images, recipe, run_dir, ["reward"], images)
+            images["reward"] = scores["reward"]
         data = _prepared(recipe, run_dir, source, images, directory)
-        training = _training(recipe, run_dir, f"aligned-round-{number}", recipe.finetune, data, source)
+        name = f"aligned-round-{number}"
+        training = _training(recipe, run_dir, name, recipe.finetune, data, source, number)
         (checkpoint,) = train([training], run_dir / "train", recipe.ray)
     return training, checkpoint
 
@@ -175,8 +186,17 @@ def build_learner(
 
 
 def _training(
-    recipe: Recipe, run_dir: Path, name: str, config: FinetuneConfig, data: Path, model: Source
+    recipe: Recipe,
+    run_dir: Path,
+    name: str,
+    config: FinetuneConfig,
+    data: Path,
+    model: Source,
+    number: int = 1,
 ) -> Training:
+    """`number` is that of the round: each draws random numbers of its own."""
+    drawn = int(np.random.SeedSequence([recipe.seed, number]).generate_state(1)[0]) >> 1
+    seed = recipe.seed if number == 1 else drawn
     return Training(
         name=name,
         build=BUILD,
@@ -184,7 +204,7 @@ def _training(
             "model": str(model.directory),
             "data": str(data),
             "config": config.model_dump(mode="json"),
-            "seed": recipe.seed,
+            "seed": seed,
         },
         steps=config.steps,
         log_every=config.log_every,
@@ -194,7 +214,7 @@ def _training(
             uri=recipe.tracking_uri(run_dir),
             experiment=recipe.tracking.experiment,
             run_name=f"{recipe.name} {name}",
-            params={**config.model_dump(mode="json"), "seed": recipe.seed},
+            params={**config.model_dump(mode="json"), "seed": seed},
             tags={"stage": name, "model": model.digest, "scores": required(run_dir, "scores").digest},
         ),
     )

@@ -39,7 +39,7 @@ def run(config: PretrainConfig) -> dict[str, Manifest]:
 
     def part(name: str, function: Callable[..., Manifest], settings: Config, after: Any = None) -> Any:
         """A Ray task that makes one part, after another is there; or its manifest if it is there already."""
-        done = _finished(config.output / name, settings)
+        done = _finished(config.output, name, settings)
         if done is not None:
             say(f"{name}: there already ({done.digest[:12]})")
             return ray.put(done)
@@ -58,11 +58,11 @@ def run(config: PretrainConfig) -> dict[str, Manifest]:
 
 
 def _diffusion(config: PretrainConfig, ray_config: RayConfig) -> Manifest:
-    done = _finished(config.output / "diffusion", config.diffusion)
+    done = _finished(config.output, "diffusion", config.diffusion)
     if done is not None:
         say(f"diffusion: there already ({done.digest[:12]})")
         return done
-    if not (config.output / build.LATENTS).exists():
+    if _finished(config.output, build.LATENTS, build.diffusion_scenes(config)) is None:
         say("diffusion: encoding scenes")
         build.encode_scenes(config)
     training = Training(
@@ -100,12 +100,14 @@ def _build(function: Callable[..., Manifest], config: PretrainConfig, name: str,
     return function(config, log)
 
 
-def _finished(directory: Path, settings: Config) -> Manifest | None:
+def _finished(output: Path, name: str, settings: Config) -> Manifest | None:
+    """The part's manifest, unless it is missing, of other settings, or made from another autoencoder."""
     try:
-        manifest = read_manifest(directory)
+        manifest = read_manifest(output / name)
+        of_this_vae = manifest.inputs.get("vae") in (None, read_manifest(output / "vae").digest)
     except ArtifactError:
         return None
-    return manifest if manifest.config == settings.model_dump(mode="json") else None
+    return manifest if of_this_vae and manifest.config == settings.model_dump(mode="json") else None
 
 
 def _follow(tasks: list[Any], output: Path) -> None:

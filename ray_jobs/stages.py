@@ -140,8 +140,11 @@ def start_over(run_dir: Path, command: str, recipe: Recipe) -> None:
     commands = list(OUTPUTS)
     after = commands if command == "loop" else commands[commands.index(command) :]
     for name in (name for later in after for name in OUTPUTS[later]):
-        for path in (run_dir / name, run_dir / "work" / name, run_dir / "train" / name):
-            if path.exists():
+        rounds = (run_dir / "train").glob(f"{name}-round-*")
+        for path in (run_dir / name, run_dir / "work" / name, run_dir / "train" / name, *rounds):
+            if path.is_symlink():  # what a study's arms share is not this arm's to remove
+                path.unlink()
+            elif path.exists():
                 shutil.rmtree(path)
         (run_dir / "stages" / f"{name}.json").unlink(missing_ok=True)
     if "judge" in after and recipe.panel is not None and recipe.feedback.url is None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class _Batch:
     timesteps_B: Tensor
     text_BTD: Tensor
     weight_B: Tensor  # weight or advantage of generated images, 0 for pre-training images
-    is_model_B: Tensor  # 1.0 generated, 0.0 pre-training
+    num_model: int  # generated images, which come first
 
 
 class Finetuner:
@@ -114,7 +114,8 @@ class Finetuner:
         self.empty_text_TD = data.empty_text_TD.to(self.device, torch.float32)
         self._weigh_images()
 
-        self.reference = model.unet  # frozen
+        is_signed = config.objective in ("advantage_weighted_matching", "diffusion_nft")
+        self.reference: nn.Module | None = model.unet if is_signed else None  # frozen
         self.unet: nn.Module = copy.deepcopy(model.unet).float().train().requires_grad_(True)
         self.forward_unet = wrap(self.unet) if wrap else self.unet
         self.parameters = list(self.unet.parameters())
@@ -272,43 +273,40 @@ class Finetuner:
             timesteps_B=timesteps_B,
             text_BTD=text_BTD,
             weight_B=self._put(torch.cat([self.weight_N[model_index], torch.zeros(len(pretraining_index))])),
-            is_model_B=self._put((mine < self.num_model).float()),
+            num_model=len(model_index),
         )
 
     def _loss(self, batch: _Batch, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = batch.noisy_BCHW[part], batch.timesteps_B[part], batch.text_BTD[part]
-        prediction_BCHW = self._predict(self.forward_unet, *inputs)
-        target_BCHW, weight_B = batch.target_BCHW[part], batch.weight_B[part]
-        is_model_B = batch.is_model_B[part]
-        # Masks instead of slices: a part may hold both kinds, or one.
-        loss_B = denoising_loss(prediction_BCHW, target_BCHW)
-        if self.num_model and self.config.objective != "reward_weighted_likelihood":
-            with torch.no_grad():
-                reference_BCHW = self._predict(self.reference, *inputs)
-            model_loss_B = self._signed_loss(prediction_BCHW, target_BCHW, reference_BCHW, weight_B)
-        else:
-            model_loss_B = reward_weighted_likelihood(prediction_BCHW, target_BCHW, weight_B)
+        prediction_BCHW, target_BCHW = self._predict(self.forward_unet, *inputs), batch.target_BCHW[part]
+        ours = slice(0, min(max(batch.num_model - part.start, 0), len(prediction_BCHW)))  # generated images
+        weight_B = batch.weight_B[part][ours]
         loss, metrics = batch_loss(
-            model_loss_B * is_model_B,
-            loss_B * (1.0 - is_model_B),
+            self._model_loss(prediction_BCHW[ours], target_BCHW[ours], weight_B, [x[ours] for x in inputs]),
+            denoising_loss(prediction_BCHW[ours.stop :], target_BCHW[ours.stop :]),
             self.config.beta,
             self.num_model,
             self.num_pretraining,
         )
-        count = max(self.num_model, 1)
-        metrics["model_loss_unweighted"] = (loss_B.detach() * is_model_B).sum() / count
-        metrics["weight_mean"] = (weight_B * is_model_B).sum() / count
+        unweighted_B = denoising_loss(prediction_BCHW[ours].detach(), target_BCHW[ours])
+        metrics["model_loss_unweighted"] = unweighted_B.sum() / max(self.num_model, 1)
+        metrics["weight_mean"] = weight_B.sum() / max(self.num_model, 1)
         return loss, metrics
 
-    def _signed_loss(
-        self, prediction_BCHW: Tensor, target_BCHW: Tensor, reference_BCHW: Tensor, advantage_B: Tensor
+    def _model_loss(
+        self, prediction_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor, inputs: Sequence[Tensor]
     ) -> Tensor:
+        """The objective's loss of each generated image; `inputs` are what the network predicted it from."""
         config = self.config
+        if self.reference is None or len(weight_B) == 0:
+            return reward_weighted_likelihood(prediction_BCHW, target_BCHW, weight_B)
+        with torch.no_grad():
+            reference_BCHW = self._predict(self.reference, *inputs)
         if config.objective == "advantage_weighted_matching":
             return advantage_weighted_matching(
-                prediction_BCHW, target_BCHW, reference_BCHW, advantage_B, config.anchor
+                prediction_BCHW, target_BCHW, reference_BCHW, weight_B, config.anchor
             )
-        optimality_B = 0.5 + 0.5 * advantage_B / config.advantage_clip
+        optimality_B = 0.5 + 0.5 * weight_B / config.advantage_clip
         return diffusion_nft(prediction_BCHW, target_BCHW, reference_BCHW, optimality_B, config.nft_strength)
 
     def _predict(self, unet: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, text_BTD: Tensor) -> Tensor:

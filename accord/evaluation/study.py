@@ -79,19 +79,25 @@ def measures() -> dict[str, Measure]:
         "best_of.base": lambda s: _best_of(s, "base"),
         "best_of.aligned": lambda s: _best_of(s, "aligned"),
         "best_of.gain": lambda s: _best_of(s, "aligned") - _best_of(s, "base"),
-        "best_of.candidates": _candidates,
     }
     found["reward.auc_over_clip"] = lambda s: _over_unseen(s, "reward_gain", "clip")
     found["reward.auc_over_no_auxiliary"] = lambda s: _over_unseen(s, "reward_gain", "reward_no_auxiliary")
     found["reward.auc"] = lambda s: _over_unseen(s, "reward", "auc_within_category", last=True)
     found["clip.auc"] = lambda s: _over_unseen(s, "clip", "auc_within_category", last=True)
     found["reward.pairwise"] = lambda s: _over_unseen(s, "reward", "pairwise_accuracy", last=True)
-    found["reward.ece"] = lambda s: float(np.mean([_number(s, "reward", split, "ece") for split in _SPLITS]))
+    found["reward.ece"] = lambda s: float(
+        np.mean([_number(s, "reward", split, "ece") for split in _SPLITS[1:]])
+    )
     return found
 
 
 def build_study(summaries: Mapping[str, Mapping[int, Summary]]) -> dict[str, Any]:
-    """{arm: {measure: {value, low, high, n, seeds: {seed: value}}}} of {arm: {seed: summary}}."""
+    """{arm: {measure: {value, low, high, n, seeds: {seed: value}}}} of {arm: {seed: summary}}.
+
+    Besides the `measures`, "best_of.candidates": how many candidates the aligned model needs for the success
+    of the base's largest best-of-n. Its value is the median over seeds; a seed that even the most candidates
+    (`most`) do not suffice for has null there, and counts as more.
+    """
     table: dict[str, Any] = {}
     for arm, by_seed in summaries.items():
         table[arm] = {}
@@ -103,6 +109,7 @@ def build_study(summaries: Mapping[str, Mapping[int, Summary]]) -> dict[str, Any
                 for key, value in seeds_interval(list(values.values())).as_dict().items()
             }
             table[arm][name] = {**interval, "seeds": plain}
+        table[arm]["best_of.candidates"] = _candidates(by_seed)
     return table
 
 
@@ -166,9 +173,23 @@ def _best_of(summary: Summary, model: str) -> float:
     return curve[max(curve)] if curve else float("nan")
 
 
-def _candidates(summary: Summary) -> float:
-    """Candidates that the aligned model needs for the success of the base's largest best-of-n."""
-    return candidates_for(_curve(summary, "aligned"), _best_of(summary, "base"))
+def _candidates(by_seed: Mapping[int, Summary]) -> dict[str, Any]:
+    curves = {seed: _curve(summary, "aligned") for seed, summary in sorted(by_seed.items())}
+    needed = {
+        seed: candidates_for(curve, _best_of(by_seed[seed], "base"))
+        for seed, curve in curves.items()
+        if curve
+    }
+    measured = [value for value in needed.values() if not np.isnan(value)]
+    median = float(np.median(measured)) if measured else float("nan")
+    return {
+        "value": median if np.isfinite(median) else None,
+        "low": None,
+        "high": None,
+        "n": len(measured),
+        "most": max((max(curve) for curve in curves.values() if curve), default=None),
+        "seeds": {str(seed): value if np.isfinite(value) else None for seed, value in needed.items()},
+    }
 
 
 def _over_unseen(summary: Summary, *path: str, last: bool = False) -> float:

@@ -62,8 +62,8 @@ def study_page(study: Mapping[str, Any], changes: Mapping[str, Sequence[str]]) -
         "Raters' votes between sets of four, aligned against base (shares of sets), and success above the "
         "base at equal guidance and at equal Fréchet distance:",
         _table("arm", _VOTES, study, lambda cell: _number(cell, 100, 1, signed=True)),
-        "Best of 16 by reward, and how many candidates the aligned model needs for the base's best-of-16 "
-        "success:",
+        "The best of all candidates by reward, and how many candidates the aligned model needs for the "
+        "base's success with all of them (median over seeds):",
         _table(
             "arm", _BEST_OF, study, lambda cell: _number(cell, 100, 1), {"best_of.candidates": _candidates}
         ),
@@ -143,12 +143,9 @@ def _number(cell: Mapping[str, Any], scale: float, digits: int, *, signed: bool 
 
 
 def _candidates(cell: Mapping[str, Any]) -> str:
-    """The median over seeds: a seed that never gets there counts as more than 16."""
-    values = sorted(float("inf") if value is None else value for value in cell["seeds"].values())
-    if not values:
+    if not cell["n"]:
         return "–"
-    middle = values[len(values) // 2] if len(values) % 2 else sum(values[len(values) // 2 - 1 :][:2]) / 2
-    return "> 16" if middle == float("inf") else f"{middle:.1f}"
+    return f"> {cell['most']}" if cell["value"] is None else f"{cell['value']:.1f}"
 
 
 def _paired(study: Mapping[str, Any], arms: Sequence[str]) -> str:
@@ -166,7 +163,7 @@ def _code(changes: Sequence[str]) -> str:
 
 def _gains(study: Mapping[str, Any]) -> str:
     """A row an arm: each seed a dot, the mean with its interval."""
-    arms = list(study)[::-1]
+    arms = [arm for arm in study if study[arm]["gain.all"]["value"] is not None][::-1]
     figure = Figure(figsize=(7.2, 0.42 * len(arms) + 1.0), layout="constrained")
     axes = figure.subplots()
     for row, arm in enumerate(arms):
@@ -193,6 +190,8 @@ def _trade(study: Mapping[str, Any]) -> str:
     axes.axvline(1.2, color=_SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
     for arm, cells in study.items():
         x, y = cells["ratio.frechet"], cells["gain.all"]
+        if x["value"] is None or y["value"] is None:
+            continue
         axes.plot(x["value"], 100 * y["value"], "o", color=_ACCENT, markersize=6)
         if x["low"] is not None and y["low"] is not None:
             axes.plot([x["low"], x["high"]], [100 * y["value"]] * 2, color=_SOFT, zorder=0)

@@ -30,7 +30,8 @@ LOOKALIKES: dict[str, str] = dict(
 Errors are systematic, as on the web, and not spread evenly over all words, for a reason. Classifier-free
 guidance draws p(x | z) (p(x | z) / p(x))^(w - 1), so with growing w the images for which the caption is
 likeliest, argmax_x p(z | x). Were each wrong word as rare as the next, those would be the right images, and
-guidance alone would undo the errors. Where two images are as likely to be called "three", it cannot.
+guidance alone would undo the errors. Where an image of four is at least as likely to be called
+"three" as one of three, it cannot.
 """
 
 

@@ -71,7 +71,8 @@ def test_loss_is_equation_2_of_the_batch_drawn(tiny_model: DiffusionModel) -> No
             batch.noisy_BCHW, batch.timesteps_B, encoder_hidden_states=batch.text_BTD
         ).sample
     loss_B = ((prediction - batch.target_BCHW) ** 2).mean(dim=(1, 2, 3))
-    assert batch.is_model_B.tolist() == [1.0] * 5 + [0.0] * 3
+    assert batch.num_model == 5
+    assert batch.weight_B[5:].tolist() == [0.0] * 3
     metrics = tuner.backward()
     expected = (batch.weight_B[:5] * loss_B[:5]).mean() + 0.25 * loss_B[5:].mean()
     torch.testing.assert_close(metrics["loss"], expected, rtol=1e-4, atol=1e-5)
@@ -299,7 +300,8 @@ def test_timestep_power_draws_towards_high_noise(tiny_model: DiffusionModel) -> 
 def test_control_learns_from_pretraining_images_alone(tiny_model: DiffusionModel) -> None:
     data = make_data(tiny_model)
     control = Finetuner(tiny_model, data, config(objective="pretraining_only"), seed=0)
-    assert control._draw(0).is_model_B.tolist() == [0.0] * 3
+    assert control._draw(0).num_model == 0
+    assert len(control._draw(0).weight_B) == 3
     metrics = control.step()
     assert float(metrics["model_loss"]) == 0
     assert float(metrics["loss"]) == pytest.approx(float(metrics["pretraining_loss"]))

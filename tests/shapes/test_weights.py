@@ -21,7 +21,7 @@ from accord.shapes.scene import ATTRIBUTES, random_scene, render
 WEIGHTS = resolve_path("pkg://accord.shapes/weights")
 FROZEN = {
     "clip": "ae8a39498ee19eb6d13dbeba2bcbcc200062bc8a9ca60bfeb11239b2af335d47",
-    "diffusion": "@DIFFUSION@",
+    "diffusion": "ee0c07bdf90a3dbbfbaaa9a7005fe01ae4a2b3706e9394c7a2908b415330b2bf",
     "evaluator": "4a71f8c9a1e29c5d80c57acbcef1e21beb6b8ee7c5a2599d339c475eb40fe6b3",
 }
 """What docs/study.md was measured with. Other weights need another study."""

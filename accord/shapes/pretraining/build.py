@@ -31,7 +31,7 @@ from accord.shapes.pretraining.tokenizer import write_tokenizer
 from accord.shapes.pretraining.vae import VaeConfig, encode_mean, train_vae
 from accord.shapes.scene import ATTRIBUTES, Scene
 
-LATENTS = "latents.safetensors"
+LATENTS = "latents"
 HELD_OUT = SceneConfig(count=600, seed=99)
 """Scenes that nothing is trained on, to say how well each part reads or redraws."""
 
@@ -96,11 +96,15 @@ def build_clip(config: PretrainConfig, log: Log) -> Manifest:
     return read_manifest(config.output / "clip")
 
 
-def encode_scenes(config: PretrainConfig) -> None:
+def encode_scenes(config: PretrainConfig) -> Manifest:
     """The latents that the text-to-image model learns from, once for all workers; needs the autoencoder."""
     torch.set_num_threads(config.threads)
-    data = draw_scenes(_diffusion_scenes(config))
-    save_tensors(config.output / LATENTS, {"latents_NCHW": encode_mean(_load_vae(config), data.images_NCHW)})
+    scenes = diffusion_scenes(config)
+    latents_NCHW = encode_mean(_load_vae(config), draw_scenes(scenes).images_NCHW)
+    inputs = {"vae": read_manifest(config.output / "vae").digest}
+    with _writer(config, LATENTS, inputs, scenes) as directory:
+        save_tensors(directory / "latents.safetensors", {"latents_NCHW": latents_NCHW})
+    return read_manifest(config.output / LATENTS)
 
 
 def diffusion_pretrainer(config: PretrainConfig, **distributed: Any) -> DiffusionPretrainer:
@@ -113,14 +117,21 @@ def diffusion_pretrainer(config: PretrainConfig, **distributed: Any) -> Diffusio
     with tempfile.TemporaryDirectory() as words:
         write_tokenizer(Path(words), grammar)
         tokenizer = CLIPTokenizer.from_pretrained(words)
-    scenes = random_scenes(_diffusion_scenes(config))
-    latents_NCHW = load_tensors(config.output / LATENTS)["latents_NCHW"]
+    latents_NCHW = load_tensors(config.output / LATENTS / "latents.safetensors")["latents_NCHW"]
     return DiffusionPretrainer(
-        scenes, latents_NCHW, _load_vae(config), tokenizer, grammar, config.diffusion, **distributed
+        random_scenes(diffusion_scenes(config)),
+        latents_NCHW,
+        _load_vae(config),
+        tokenizer,
+        grammar,
+        config.diffusion,
+        inputs={"latents": read_manifest(config.output / LATENTS).digest, "grammar": config.grammar},
+        **distributed,
     )
 
 
-def _diffusion_scenes(config: PretrainConfig) -> SceneConfig:
+def diffusion_scenes(config: PretrainConfig) -> SceneConfig:
+    """What the text-to-image model learns from."""
     return config.scenes.model_copy(update={"count": config.diffusion.scenes})
 
 

@@ -63,7 +63,8 @@ def write_architecture(directory: Path, grammar: Grammar, config: ClipConfig) ->
 
 
 HARD_NEGATIVES = (("object", "colour"), ("colour", "count"))
-"""What the scenes of a group share, in turn: so that captions differ in little, and in each attribute."""
+"""What the scenes of a group share, in turn: their captions differ in count and background, or in object and
+background. Colours are told apart without help."""
 
 
 class _Groups:

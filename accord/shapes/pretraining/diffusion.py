@@ -9,13 +9,14 @@ Legend: N scenes, B batch, C H W latents, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from pydantic import model_validator
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -55,6 +56,22 @@ class DiffusionConfig(Config):
     workers: int = 2
     """Share each batch; with more of them the sums of gradients differ in the last bits."""
     seed: int = 5
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.legs or len(self.legs) != len(self.learning_rates):
+            raise ValueError(
+                f"there are {len(self.legs)} legs and {len(self.learning_rates)} learning_rates; give one "
+                "learning rate for each leg"
+            )
+        if not 0 <= self.careless_from < self.steps:
+            raise ValueError(
+                f"careless_from is {self.careless_from}, but there are {self.steps} steps: without careless "
+                "captions at the end there is nothing to align"
+            )
+        if self.batch_size % self.workers:
+            raise ValueError(f"{self.workers} workers cannot share batch_size {self.batch_size} evenly")
+        return self
 
     @property
     def steps(self) -> int:
@@ -143,7 +160,7 @@ class DiffusionPretrainer:
     """Denoising (v) on latents, UNet and text encoder jointly; a Learner, as ray_jobs.train has it.
 
     The batch of step s is drawn whole from (seed, s), and each worker takes every world_size-th sample: so a
-    resumed run computes the same as an uninterrupted one.
+    resumed run computes the same as an uninterrupted one. `inputs` names what it learns from by digest.
     """
 
     def __init__(
@@ -155,13 +172,14 @@ class DiffusionPretrainer:
         grammar: Grammar,
         config: DiffusionConfig,
         *,
+        inputs: Mapping[str, str],
         rank: int = 0,
         world_size: int = 1,
         wrap: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
         self.vae, self.tokenizer, self.grammar, self.config = vae, tokenizer, grammar, config
-        self.rank, self.world_size = rank, world_size
+        self.inputs, self.rank, self.world_size = dict(inputs), rank, world_size
         self.scenes, self.latents_NCHW = scenes, latents_NCHW
         self.scheduler = make_scheduler()
         channels = self.latents_NCHW.shape[1]
@@ -221,17 +239,18 @@ class DiffusionPretrainer:
         tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
         config = self.config.model_dump(mode="json") | {"step": self.step_index}
         with artifact_writer(
-            directory, CHECKPOINT_KIND, inputs={}, config=config, seed=self.config.seed
+            directory, CHECKPOINT_KIND, inputs=self.inputs, config=config, seed=self.config.seed
         ) as temporary:
             save_tensors(temporary / "state.safetensors", tensors)
         return verify(directory, CHECKPOINT_KIND)
 
     @torch.no_grad()
     def load(self, directory: str | Path) -> None:
-        """Goes on from a checkpoint. Raises ConfigError for one of another config."""
-        stored = dict(verify(directory, CHECKPOINT_KIND).config)
+        """Goes on from a checkpoint. Raises ConfigError for one of another config or other latents."""
+        manifest = verify(directory, CHECKPOINT_KIND)
+        stored = dict(manifest.config) | manifest.inputs
         step = int(stored.pop("step"))
-        refuse_another_run(stored, self.config.model_dump(mode="json"), directory)
+        refuse_another_run(stored, self.config.model_dump(mode="json") | self.inputs, directory)
         tensors = load_tensors(Path(directory) / "state.safetensors")
         for name, parameter in self.averaged.named_parameters():
             parameter.copy_(tensors[f"averaged.{name}"])
