@@ -25,7 +25,7 @@ class RewardHead(nn.Module):
 
     Args:
         combine: "concat" feeds (image, text), as the paper does; "concat_product" also their elementwise
-        product.
+            product; "adapter" has no MLP (hidden and layers mean nothing).
         generator: draws the initial weights; without it torch's global one does.
     """
 
@@ -38,7 +38,12 @@ class RewardHead(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.hidden, self.combine = dim, hidden, combine
+        self.dim, self.hidden, self.layers, self.combine = dim, hidden, layers, combine
+        if combine == "adapter":
+            self.image_map, self.text_map = (nn.Parameter(torch.zeros(dim, dim)) for _ in range(2))
+            self.image_bias, self.text_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
+            self.scale, self.offset = (nn.Parameter(torch.zeros(())) for _ in range(2))
+            return
         sizes = [dim * (3 if combine == "concat_product" else 2), *[hidden] * layers, 1]
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         for linear in self.linears:
@@ -60,6 +65,8 @@ class RewardHead(nn.Module):
                 f"this reward head takes features of {self.dim} numbers, got {image.shape[-1]} for the image "
                 f"and {text.shape[-1]} for the text: they are of another CLIP"
             )
+        if self.combine == "adapter":
+            return self._adapted_similarity(image, text)
         parts = [image, text]
         if self.combine == "concat_product":
             parts.append(image * text * self.dim**0.5)
@@ -69,6 +76,18 @@ class RewardHead(nn.Module):
             if masks is not None:
                 values = values * masks[layer]
         logits: Tensor = self.linears[-1](values).squeeze(-1)
+        return logits
+
+    def _adapted_similarity(self, image: Tensor, text: Tensor) -> Tensor:
+        """s <x + A x, z + B z> + u x + v z + b, which starts as 10 <x, z> - 3 with x, z the features.
+
+        The factors make one learning rate fit all: a map changes slowly, scale and offset quickly.
+        """
+        image_mapped = image + 0.1 * image @ self.image_map
+        text_mapped = text + 0.1 * text @ self.text_map
+        similarity = (image_mapped * text_mapped).sum(-1)
+        bias = 5 * (image @ self.image_bias + text @ self.text_bias)
+        logits: Tensor = (10 + 10 * self.scale) * similarity + bias - 3 + 10 * self.offset
         return logits
 
     def forward(self, image: Tensor, text: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:

@@ -123,7 +123,7 @@ class RewardModel:
         content = RewardModelConfig(
             dim=self.head.dim,
             hidden_size=self.head.hidden,
-            layers=len(self.head.linears) - 1,
+            layers=self.head.layers,
             combine=self.head.combine,
             temperature=self.temperature,
             clip_digest=self.encoder.digest,

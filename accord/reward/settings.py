@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from accord.config import Config
 
-Combine = Literal["concat", "concat_product"]
+Combine = Literal["concat", "concat_product", "adapter"]
 
 
 class RewardConfig(Config):
@@ -16,7 +16,8 @@ class RewardConfig(Config):
     optimiser, the learning rate, the batch size and the number of contrast prompts are not in it."""
 
     combine: Combine = "concat"
-    """concat: the head sees (image, text), as in the paper; concat_product: their elementwise product too."""
+    """concat: the head sees (image, text), as in the paper; concat_product: their elementwise product too.
+    adapter: no MLP, but a learned change of the CLIP similarity, from which it starts."""
     hidden_size: int = Field(default=1024, ge=1)
     layers: int = Field(default=2, ge=1)
     """Hidden layers of the head."""
@@ -39,6 +40,14 @@ class RewardConfig(Config):
     """Share of the judged images that is never trained on; calibration is fitted on it. 0 for none."""
     log_every: int = Field(default=20, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)
+
+    @model_validator(mode="after")
+    def _only_an_mlp_drops_units(self) -> RewardConfig:
+        if self.combine == "adapter" and self.dropout > 0:
+            raise ValueError(
+                f"combine adapter has no hidden units to drop: set dropout to 0, not {self.dropout}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _calibration_has_images(self) -> RewardConfig:

@@ -3,6 +3,7 @@ import torch
 
 from accord.errors import ArtifactError
 from accord.reward.head import RewardHead
+from accord.reward.settings import RewardConfig
 
 
 def generator() -> torch.Generator:
@@ -55,3 +56,25 @@ def test_masks_switch_hidden_units_off() -> None:
 def test_features_of_another_clip_are_refused() -> None:
     with pytest.raises(ArtifactError, match="features of 4 numbers, got 6 for the image and 4"):
         RewardHead(4, hidden=8)(torch.randn(2, 6), torch.randn(2, 4))
+
+
+def test_an_adapter_starts_as_clip_s_own_similarity() -> None:
+    head = RewardHead(8, combine="adapter")
+    image, text = torch.nn.functional.normalize(torch.randn(2, 5, 8), dim=-1)
+    torch.testing.assert_close(head.logits(image, text), 10 * (image * text).sum(-1) - 3)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.fill_(0.1)
+    by_hand = [
+        11 * ((x + 0.01 * x.sum()) * (z + 0.01 * z.sum())).sum() + 0.5 * (x.sum() + z.sum()) - 2
+        for x, z in zip(image, text, strict=True)
+    ]
+    torch.testing.assert_close(head.logits(image, text), torch.stack(by_hand))
+    many = head(image[:, None], text[None])
+    assert many.shape == (5, 5)
+    torch.testing.assert_close(many.diagonal(), head(image, text))
+
+
+def test_an_adapter_cannot_drop_units() -> None:
+    with pytest.raises(ValueError, match=r"set dropout to 0, not 0\.3"):
+        RewardConfig(combine="adapter", dropout=0.3)
