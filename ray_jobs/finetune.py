@@ -209,7 +209,9 @@ def _training(
         steps=config.steps,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
-        title="  control" if name == "control" else name.replace("aligned", "Fine-tuning").replace("-", " "),
+        title="  control"
+        if name == "control"
+        else "Fine-tuning" + (f", round {number}" if number > 1 else ""),
         tracking=Tracking(
             uri=recipe.tracking_uri(run_dir),
             experiment=recipe.tracking.experiment,
