@@ -91,12 +91,25 @@ def test_pretraining_resumes_exactly(small: build.PretrainConfig, tmp_path: Path
 
 
 def test_the_learning_rate_starts_again_in_each_leg() -> None:
-    config = DiffusionConfig(legs=(300, 200), learning_rates=(1.0, 0.5))
+    config = DiffusionConfig(legs=(300, 200), learning_rates=(1.0, 0.5), careless_from=400)
     assert config.steps == 500
     assert config.rate(99) == 1.0
     assert config.rate(299) < 1e-3
     assert config.rate(300 + 99) == 0.5
     assert config.rate(499) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"legs": (100,)}, "1 legs and 2 learning_rates"),
+        ({"careless_from": 14_000}, "nothing to align"),
+        ({"workers": 3}, "cannot share batch_size 64 evenly"),
+    ],
+)
+def test_what_would_fail_late_is_refused_at_once(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiffusionConfig.model_validate(changes)
 
 
 def test_two_workers_share_a_batch(small: build.PretrainConfig) -> None:
