@@ -61,10 +61,10 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
             )
             trainings = [_training(recipe, run_dir, name, configs[name], data, base) for name in missing]
             checkpoints = train(trainings, run_dir / "train", recipe.ray)
-            for training, checkpoint in zip(trainings, checkpoints, strict=True):
-                if training.name == "aligned" and recipe.on_policy.rounds:
+            for name, training, checkpoint in zip(missing, trainings, checkpoints, strict=True):
+                if name == "aligned" and recipe.on_policy.rounds:
                     training, checkpoint = _further_rounds(recipe, run_dir, stages, training, checkpoint)
-                stage = stages[training.name.partition("-")[0]]
+                stage = stages[name]
                 _save(training, checkpoint, run_dir / stage.name, stage.inputs, stage.config)
     return read_manifest(run_dir / "aligned")
 

@@ -31,7 +31,7 @@ from ray_jobs import (
     sources,
 )
 from ray_jobs._cli import AddressOption, SetOption, guarded
-from ray_jobs.progress import bar, say
+from ray_jobs.progress import bar, console, say
 from ray_jobs.stages import write_json
 
 SHARED: dict[str, tuple[str, ...]] = {
@@ -203,13 +203,9 @@ class _quiet:  # noqa: N801 - reads as the statement that it is
     """No progress bars of single runs: many of them run at once."""
 
     def __enter__(self) -> None:
-        from ray_jobs.progress import console
-
         console.quiet = True
 
     def __exit__(self, *_: object) -> None:
-        from ray_jobs.progress import console
-
         console.quiet = False
 
 
