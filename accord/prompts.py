@@ -203,6 +203,16 @@ class Grammar(Config):
             )
         return found[:n]
 
+    def one_word_changes(self, prompt: Prompt) -> list[Prompt]:
+        """All prompts, of any split, that name the same attributes and differ from `prompt` in one word."""
+        words = {"object": tuple(self.objects)} | {name: self.words(name) for name in ATTRIBUTES}
+        return [
+            self.make(**{**prompt.meaning, field: word})
+            for field, own in prompt.meaning.items()
+            for word in words[field]
+            if word != own
+        ]
+
     def sample(self, plan: PromptPlan, seed: int, exclude: Iterable[Prompt] = ()) -> list[Prompt]:
         """Prompts as planned, none twice and none of `exclude`; the same seed gives the same prompts.
 

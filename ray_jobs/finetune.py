@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from accord.artifacts import Manifest, load_tensors, read_manifest, save_tensors
+from accord.artifacts import Manifest, load_tensors, read_manifest
 from accord.diffusion.settings import FinetuneConfig
 from accord.errors import FeedbackError
-from accord.images import decode_image
 from accord.recipe import Recipe
 from ray_jobs import _cli, cluster, collect, inputs, sources
+from ray_jobs.finetune_data import prepare_data
 from ray_jobs.generation import Source
 from ray_jobs.score import load_scores, score_images
 from ray_jobs.stages import Stage, is_done, required, timed
@@ -26,7 +26,6 @@ from ray_jobs.train import Tracking, Training, train
 
 KIND = "diffusion_model"
 BUILD = "ray_jobs.finetune:build_learner"
-ENCODE_SIZE = 64
 
 
 def run(recipe: Recipe, run_dir: Path) -> Manifest:
@@ -43,6 +42,8 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
         "control": recipe.finetune.model_copy(
             update={
                 "objective": "pretraining_only",
+                "pretraining_threshold": None,
+                "pretraining_favourites": False,
                 "steps": recipe.finetune.steps * (1 + recipe.on_policy.rounds),
             }
         ),
@@ -56,9 +57,8 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
     missing = [name for name, stage in stages.items() if not is_done(stage, run_dir)]
     if missing:
         with timed(run_dir, "finetune"):
-            data = _prepared(
-                recipe, run_dir, base, _first_images(recipe, run_dir), run_dir / "work" / "aligned"
-            )
+            images = _first_images(recipe, run_dir)
+            data = _prepared(recipe, run_dir, base, images, run_dir / "work" / "aligned")
             trainings = [_training(recipe, run_dir, name, configs[name], data, base) for name in missing]
             checkpoints = train(trainings, run_dir / "train", recipe.ray)
             for name, training, checkpoint in zip(missing, trainings, checkpoints, strict=True):
@@ -122,46 +122,8 @@ def _prepared(recipe: Recipe, run_dir: Path, model: Source, images: pd.DataFrame
     """DIRECTORY/data.safetensors, made unless it is there."""
     data = directory / "data.safetensors"
     if not data.exists():
-        cluster.on_device(recipe.ray, prepare_data, str(model.directory), run_dir, images, data)
+        cluster.on_device(recipe.ray, prepare_data, recipe, str(model.directory), run_dir, images, data)
     return data
-
-
-def prepare_data(model_directory: str, run_dir: Path, scored: pd.DataFrame, path: Path) -> None:
-    """All images as latents and all prompts as text states (safetensors), read by every worker.
-
-    `scored`: columns image (digest), prompt and reward.
-    """
-    from accord.diffusion.encode import encode_prompts
-    from accord.diffusion.model import load_diffusion_model
-
-    model = load_diffusion_model(model_directory, device="cuda" if torch.cuda.is_available() else "cpu")
-    folder = inputs.image_folder(run_dir)
-    latents_NCHW = _encode(model, [folder.get(digest) for digest in scored["image"]])
-    files, captions = sources.read(run_dir, "pretraining")
-    pretraining_latents_MCHW = _encode(model, files)
-    texts = {text: row for row, text in enumerate(dict.fromkeys([*scored["prompt"], *captions]))}
-    text_KTD = encode_prompts(model, [*texts, ""]).cpu()
-    tensors = {
-        "latents_NCHW": latents_NCHW,
-        "text_index_N": torch.tensor([texts[prompt] for prompt in scored["prompt"]]),
-        "reward_N": torch.tensor(scored["reward"].to_numpy(), dtype=torch.float32),
-        "pretraining_latents_MCHW": pretraining_latents_MCHW,
-        "pretraining_text_index_M": torch.tensor([texts[caption] for caption in captions], dtype=torch.long),
-        "text_KTD": text_KTD[:-1],
-        "empty_text_TD": text_KTD[-1],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, tensors)
-
-
-def _encode(model: Any, files: list[bytes]) -> torch.Tensor:
-    """Latents of PNG files, a batch in memory at a time."""
-    from accord.diffusion.encode import encode_images
-
-    parts = inputs.batches(files, ENCODE_SIZE)
-    return torch.cat(
-        [encode_images(model, np.stack([decode_image(file) for file in part])) for part in parts]
-    )
 
 
 def build_learner(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
 
 from accord.artifacts import Manifest, read_manifest
+from accord.images import decode_image
+from accord.prompts import load_grammar
 from accord.recipe import Recipe
 from ray_jobs import _cli, cluster, collect, inputs
 from ray_jobs.learn_reward import feature_cache
@@ -14,6 +18,7 @@ from ray_jobs.stages import Stage, is_done, required, stage_writer, timed
 
 KIND = "scores"
 SCORES = "scores.parquet"
+_BATCH = 64
 
 
 def run(recipe: Recipe, run_dir: Path) -> Manifest:
@@ -59,6 +64,38 @@ def score_images(
         scores[name] = reward_B.tolist()
         scores[f"{name}_calibrated"] = model.calibrated(reward_B).tolist()
     return scores
+
+
+def score_captioned(
+    recipe: Recipe, run_dir: Path, files: Sequence[bytes], captions: Sequence[str], *, favourites: bool
+) -> list[float]:
+    """The reward of each image (a PNG file, which need not be of the run) for its own caption.
+
+    With `favourites` it is 0 where the reward prefers a caption that differs in one word.
+
+    Raises PromptError if there are favourites to find and a caption is not of the recipe's grammar.
+    """
+    from accord.reward.model import RewardModel
+
+    _, encoder = feature_cache(recipe, run_dir)
+    model = RewardModel.load(run_dir / "reward", clip=encoder)
+    grammar = load_grammar(recipe.grammar)
+    texts = {
+        caption: [caption, *(p.text for p in grammar.one_word_changes(grammar.parse(caption)))]
+        if favourites
+        else [caption]
+        for caption in dict.fromkeys(captions)
+    }
+    place = {text: row for row, text in enumerate(dict.fromkeys(chain(*texts.values())))}
+    text_KD = encoder.text_features(list(place))
+    rewards: list[float] = []
+    for part, own in zip(inputs.batches(files, _BATCH), inputs.batches(captions, _BATCH), strict=True):
+        image_BD = encoder.image_features([decode_image(file) for file in part])
+        for image_D, caption in zip(image_BD, own, strict=True):
+            rows = [place[text] for text in texts[caption]]
+            reward_N = model.score_features(image_D.expand(len(rows), -1), text_KD[rows])
+            rewards.append(float(reward_N[0]) if reward_N[0] >= reward_N.max() else 0.0)
+    return rewards
 
 
 if __name__ == "__main__":

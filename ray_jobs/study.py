@@ -49,7 +49,7 @@ APART = ("pretraining", "reference")
 """These are made from nothing else."""
 FIXED = ("seed", "run_dir", "ray", "tracking", "control")
 """What a study decides itself."""
-SIDE_BY_SIDE = ("images", "work/evaluation")
+SIDE_BY_SIDE = ("images", "work/evaluation", "work/encoded")
 """Files named by their content, which several arms may write at once."""
 ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]*$")]
 

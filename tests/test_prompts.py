@@ -274,6 +274,15 @@ def test_perturbed_prompts_change_one_thing_first_and_each_in_turn() -> None:
     assert (set(fields[7:9]), fields[9]) == ({"colour", "background"}, "colour")
 
 
+def test_one_word_changes_are_all_there_are() -> None:
+    prompt = SHAPES.parse("two red stars on grass")
+    others = SHAPES.one_word_changes(prompt)
+    assert len(others) == len(set(others)) == 5 + 3 + 5 + 4
+    for other in others:
+        assert sum(other.meaning[field] != prompt.meaning[field] for field in prompt.meaning) == 1
+    assert any(other.split is Split.UNSEEN_OBJECT for other in others)
+
+
 def test_perturb_finds_all_there_are_and_no_more() -> None:
     prompt = SHAPES.parse("two stars")  # seen
     others = {p.text for p in SHAPES.all_prompts(Split.SEEN, Category.COUNT)} - {"two stars"}

@@ -56,6 +56,7 @@ class FinetuneData:
     reward_N: Tensor
     pretraining_latents_MCHW: Tensor
     pretraining_text_index_M: Tensor
+    pretraining_reward_M: Tensor  # of each image for its caption; read only if a threshold asks for it
     text_KTD: Tensor
     empty_text_TD: Tensor  # of the empty prompt, for condition dropout
 
@@ -64,7 +65,12 @@ class FinetuneData:
         parts = [
             str([tuple(t.shape) for t in (self.latents_NCHW, self.pretraining_latents_MCHW, self.text_KTD)])
         ]
-        for tensor in (self.text_index_N, self.reward_N.float(), self.pretraining_text_index_M):
+        for tensor in (
+            self.text_index_N,
+            self.reward_N.float(),
+            self.pretraining_text_index_M,
+            self.pretraining_reward_M.float(),
+        ):
             parts.append(sha256_bytes(tensor.cpu().contiguous().numpy().tobytes()))
         return sha256_bytes(" ".join(parts).encode())
 
@@ -113,7 +119,7 @@ class Finetuner:
         self.text_KTD = data.text_KTD.to(self.device, torch.float32)
         self.empty_text_TD = data.empty_text_TD.to(self.device, torch.float32)
         self._weigh_images()
-
+        self.pretraining_indices = _pretraining_indices(data, config)
         is_signed = config.objective in ("advantage_weighted_matching", "diffusion_nft")
         self.reference: nn.Module | None = model.unet if is_signed else None  # frozen
         self.unet: nn.Module = copy.deepcopy(model.unet).float().train().requires_grad_(True)
@@ -235,7 +241,9 @@ class Finetuner:
         total = self.num_model + self.num_pretraining
         generator = generator_for(self.seed, step)
         model_index = self.kept_indices[_choose(len(self.kept_indices), self.num_model, generator)]
-        pretraining_index = _choose(len(data.pretraining_latents_MCHW), self.num_pretraining, generator)
+        pretraining_index = self.pretraining_indices[
+            _choose(len(self.pretraining_indices), self.num_pretraining, generator)
+        ]
         levels = len(self.alphas_cumprod_T)
         uniform = torch.rand(total, generator=generator, dtype=torch.float64)
         timesteps = (levels * uniform ** (1.0 / config.timestep_power)).long().clamp(max=levels - 1)
@@ -332,6 +340,20 @@ def _choose(population: int, count: int, generator: torch.Generator) -> Tensor:
     if count == 0:
         return torch.zeros(0, dtype=torch.long)
     return torch.randint(population, (count,), generator=generator)
+
+
+def _pretraining_indices(data: FinetuneData, config: FinetuneConfig) -> Tensor:
+    """Places of the pre-training images that are learned from."""
+    least, reward_M = config.pretraining_threshold, data.pretraining_reward_M.cpu()
+    if least is None:
+        return torch.arange(len(data.pretraining_latents_MCHW))
+    kept = torch.nonzero(reward_M >= least).flatten()
+    if len(kept) == 0 and len(reward_M):
+        raise FeedbackError(
+            f"no pre-training image has a reward of at least pretraining_threshold ({least}): the highest of "
+            f"{len(reward_M)} is {float(reward_M.max()):.3f}. Lower it, or set it to null to learn from all."
+        )
+    return kept
 
 
 def _check(

@@ -74,6 +74,12 @@ class FinetuneConfig(Config):
     pretraining_condition_dropout: float | None = Field(default=None, ge=0.0, le=1.0)
     """The same share among pre-training images; None: as among the generated ones. 1 keeps images natural
     without teaching the errors of the captions again."""
+    pretraining_threshold: float | None = None
+    """Only pre-training images whose reward for their own caption is at least this: what people said about
+    generated images then mends careless captions too. None takes all, as in the paper."""
+    pretraining_favourites: bool = False
+    """... and only if the reward prefers the caption to each prompt that differs from it in one word. All
+    captions must then be prompts of the recipe's grammar."""
     ema_decay: float = Field(default=0.999, ge=0.0, lt=1.0)
     """Decay of the averaged weights, which are what a run hands on; 0 for no averaging."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -96,6 +102,11 @@ class FinetuneConfig(Config):
             raise ValueError(
                 f"objective advantage_weighted_matching has no minimum unless anchor ({self.anchor}) is "
                 f"above advantage_clip ({self.advantage_clip}): raise the one or lower the other"
+            )
+        if self.pretraining_favourites and self.pretraining_threshold is None:
+            raise ValueError(
+                "pretraining_favourites chooses among captions by their reward: give pretraining_threshold "
+                "too (0 for no other condition)"
             )
         if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
             raise ValueError(f"adam_betas must lie in [0, 1), got {self.adam_betas}")

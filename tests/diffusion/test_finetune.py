@@ -25,6 +25,7 @@ def make_data(model: DiffusionModel, images: int = 6, pretraining: int = 5) -> F
         reward_N=torch.linspace(0.1, 0.9, images),
         pretraining_latents_MCHW=torch.randn(pretraining, 4, 8, 8, generator=generator),
         pretraining_text_index_M=torch.arange(pretraining) % 3,
+        pretraining_reward_M=torch.linspace(0.1, 0.9, pretraining),
         text_KTD=text_KTD,
         empty_text_TD=encode_prompts(model, [""])[0],
     )
@@ -245,6 +246,23 @@ def test_pretraining_images_may_lose_their_captions_alone(tiny_model: DiffusionM
     batch = Finetuner(tiny_model, data, settings, seed=0)._draw(0)
     is_empty = [torch.equal(text, data.empty_text_TD) for text in batch.text_BTD]
     assert is_empty == [False] * 5 + [True] * 3
+
+
+def test_pretraining_images_may_be_chosen_by_their_captions_reward(tiny_model: DiffusionModel) -> None:
+    data = make_data(tiny_model)
+    tuner = Finetuner(tiny_model, data, config(pretraining_threshold=0.6), seed=0)
+    drawn = set()
+    for step in range(20):
+        batch = tuner._draw(step)
+        for text in batch.text_BTD[batch.num_model :]:
+            drawn |= {row for row, known in enumerate(data.text_KTD) if torch.equal(known, text)}
+    # Rewards are .1, .3, .5, .7 and .9, captions 0, 1, 2, 0 and 1: only the last two images are left.
+    assert tuner.pretraining_indices.tolist() == [3, 4]
+    assert drawn == {0, 1}
+    everything = Finetuner(tiny_model, data, config(), seed=0)
+    assert everything.pretraining_indices.tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(FeedbackError, match=r"pretraining_threshold \(0.95\).*highest of 5 is 0.900"):
+        Finetuner(tiny_model, data, config(pretraining_threshold=0.95), seed=0)
 
 
 def test_signed_objectives_go_towards_better_and_away_from_worse_images(tiny_model: DiffusionModel) -> None:

@@ -57,6 +57,7 @@ def build(
         reward_N=torch.rand(12, generator=generator),
         pretraining_latents_MCHW=random(8, 4, 8, 8),
         pretraining_text_index_M=torch.arange(8) % 3,
+        pretraining_reward_M=torch.rand(8, generator=generator),
         text_KTD=random(3, 24, 32),
         empty_text_TD=random(24, 32),
     )
