@@ -265,6 +265,12 @@ def test_pretraining_images_may_be_chosen_by_their_captions_reward(tiny_model: D
         Finetuner(tiny_model, data, config(pretraining_threshold=0.95), seed=0)
 
 
+def test_favourites_are_chosen_by_reward() -> None:
+    with pytest.raises(ValueError, match="give pretraining_threshold too"):
+        config(pretraining_favourites=True)
+    assert config(pretraining_favourites=True, pretraining_threshold=0.0).pretraining_favourites
+
+
 def test_signed_objectives_go_towards_better_and_away_from_worse_images(tiny_model: DiffusionModel) -> None:
     data = make_data(tiny_model, images=2)
     data = replace(data, text_index_N=torch.zeros(2, dtype=torch.long), reward_N=torch.tensor([0.9, 0.1]))
