@@ -183,6 +183,7 @@ def _run_arm(recipe: Recipe, common: Recipe, directory: Path, changes: Sequence[
 def _link_shared(shared: Path, directory: Path, recipe: Recipe, common: Recipe) -> None:
     """Links to everything that the arm's changes leave as it is."""
     for name in SIDE_BY_SIDE:
+        (shared / name).mkdir(parents=True, exist_ok=True)
         _link(shared / name, directory / name)
     own = False
     for name, sections in SHARED.items():
