@@ -71,7 +71,8 @@ def score_captioned(
 ) -> list[float]:
     """The reward of each image (a PNG file, which need not be of the run) for its own caption.
 
-    With `favourites` it is 0 where the reward prefers a caption that differs in one word.
+    With `favourites` it is -1, below any threshold, where the reward prefers a caption that differs in one
+    word.
 
     Raises PromptError if there are favourites to find and a caption is not of the recipe's grammar.
     """
@@ -94,7 +95,7 @@ def score_captioned(
         for image_D, caption in zip(image_BD, own, strict=True):
             rows = [place[text] for text in texts[caption]]
             reward_N = model.score_features(image_D.expand(len(rows), -1), text_KD[rows])
-            rewards.append(float(reward_N[0]) if reward_N[0] >= reward_N.max() else 0.0)
+            rewards.append(float(reward_N[0]) if reward_N[0] >= reward_N.max() else -1.0)
     return rewards
 
 

@@ -120,6 +120,7 @@ class Finetuner:
         self.empty_text_TD = data.empty_text_TD.to(self.device, torch.float32)
         self._weigh_images()
         self.pretraining_indices = _pretraining_indices(data, config)
+
         is_signed = config.objective in ("advantage_weighted_matching", "diffusion_nft")
         self.reference: nn.Module | None = model.unet if is_signed else None  # frozen
         self.unet: nn.Module = copy.deepcopy(model.unet).float().train().requires_grad_(True)
