@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test lint format clean
+.PHONY: help setup demo study test lint format protos clean
 
 help: ## show this help
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-8s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,11 @@ lint: $(STAMP) ## check style and types
 format: $(STAMP) ## put the code into its form
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+protos: $(STAMP) ## generate accord/v1 from protos/
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. \
+	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --mypy_out=. --mypy_grpc_out=. protos/accord/v1/*.proto
 
 clean: ## remove the environment and the caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Generated from protos/accord/v1 by `make protos`; the comments are there."""
