@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
 import accord
-from accord.errors import AccordError, ConfigError
+from accord.cli import tokens
+from accord.cli.common import errors_shown
+from accord.errors import ConfigError
 
 DEMO_RECIPE = Path("recipes") / "sandbox" / "demo.yaml"
 
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog=_EPILOG,
 )
+app.add_typer(tokens.app, name="token", rich_help_panel="Serving")
 
 
 def run_job(module: str, arguments: Sequence[str]) -> NoReturn:
@@ -71,11 +73,8 @@ def _main(
 @app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
 def demo(context: typer.Context) -> None:
     """The paper's whole loop on the world of shapes, in minutes: images, votes, reward, tuning, report."""
-    try:
+    with errors_shown():
         recipe = demo_recipe()
-    except AccordError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {error}", highlight=False)
-        raise typer.Exit(2) from None
     run_job("loop", ["--recipe", str(recipe), *context.args])
 
 
@@ -137,7 +136,3 @@ def study(context: typer.Context) -> None:
 def pretrain_shapes(context: typer.Context) -> None:
     """Make the weights of the world of shapes from nothing."""
     run_job("pretrain_shapes", context.args)
-
-
-if __name__ == "__main__":
-    app()
