@@ -52,7 +52,8 @@ class DeploymentSettings(Config):
     autoscaling: AutoscalingSettings = Field(default_factory=AutoscalingSettings)
     max_ongoing_requests: int = Field(default=64, ge=1)
     max_queued_requests: int = -1
-    """Calls that wait in one caller for a free replica; -1 for no limit. The gateway's own limits refuse earlier."""
+    """Calls that wait in one caller for a free replica; -1 for no limit. The gateway's own limits refuse
+    earlier."""
     health_check_period_s: float = Field(default=5.0, gt=0.0)
     health_check_timeout_s: float = Field(default=30.0, gt=0.0)
     graceful_shutdown_timeout_s: float = Field(default=120.0, ge=0.0)
@@ -63,12 +64,16 @@ class DeploymentSettings(Config):
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `Deployment.options`."""
-        plain = self.model_dump(include=set(DeploymentSettings.model_fields) - {"autoscaling", "num_cpus", "num_gpus"})
+        plain = self.model_dump(
+            include=set(DeploymentSettings.model_fields) - {"autoscaling", "num_cpus", "num_gpus"}
+        )
         resources = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
         return {
             **plain,
             "autoscaling_config": self.autoscaling.model_dump(),
-            "ray_actor_options": {name: value for name, value in resources.items() if value or name == "num_cpus"},
+            "ray_actor_options": {
+                name: value for name, value in resources.items() if value or name == "num_cpus"
+            },
         }
 
 
@@ -186,8 +191,8 @@ class GatewaySettings(DeploymentSettings):
     num_cpus: float = Field(default=0.5, ge=0.0)
     max_ongoing_requests: int = Field(default=1024, ge=1)
     tokens: str = ""
-    """The file of hashed tokens (accord.tokens), on every node; read again when it changes. Empty: the place where
-    `accord serve` and `accord token` keep it."""
+    """The file of hashed tokens (accord.tokens), on every node; read again when it changes. Empty: the place
+    where `accord serve` and `accord token` keep it."""
     encoder_threads: int = Field(default=2, ge=1)
     user_config: GatewayUserConfig = Field(default_factory=GatewayUserConfig)
 
@@ -206,7 +211,7 @@ class ServeConfig(Config):
             1, self.gateway.autoscaling.min_replicas
         ):
             raise ValueError(
-                f"gateway.user_config.limits.capacity_candidates ({limits.capacity_candidates}) must be below "
-                f"gateway.max_ongoing_requests times its replicas, or Serve refuses before the gateway can"
+                f"gateway.user_config.limits.capacity_candidates ({limits.capacity_candidates}) must be "
+                "below gateway.max_ongoing_requests times its replicas, or Serve refuses before the gateway can"
             )
         return self

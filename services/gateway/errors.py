@@ -1,7 +1,7 @@
 """One catalogue of reasons, and how an error becomes a gRPC status with google.rpc details.
 
-A status never holds a stack trace, a path or an address: what is unexpected is logged under the request's id, and the
-client is told the id.
+A status never holds a stack trace, a path or an address: what is unexpected is logged under the request's id,
+and the client is told the id.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Violation:
 
 @dataclass
 class RequestError(Exception):
-    """A request that ends with a status. `message` is for people, `metadata` (values below 100 characters) for
-    programs; `retry_after_s` becomes a RetryInfo."""
+    """A request that ends with a status. `message` is for people, `metadata` (values below 100 characters)
+    for programs; `retry_after_s` becomes a RetryInfo."""
 
     reason: Reason
     message: str

@@ -1,8 +1,8 @@
 """Who may do how much at once: rates and shares, the same for all replicas of the gateway.
 
-`FairLimiter` is the arithmetic, with the time given to it; `Limiter` is one small deployment that holds it; and
-`Admissions` is what a gateway replica asks. A lease names what a request takes up; a gateway renews its leases, and
-those of one that died run out.
+`FairLimiter` is the arithmetic, with the time given to it; `Limiter` is one small deployment that holds it;
+and `Admissions` is what a gateway replica asks. A lease names what a request takes up; a gateway renews its
+leases, and those of one that died run out.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class _Resource:
 class FairLimiter:
     """Admits a request when its token's rate, its token's own limit and its fair share of the whole allow it.
 
-    The share of a token is capacity x weight / weights of all tokens that are competing now. So a token that is alone
-    may use everything, and gives way as soon as another one asks. A request that is larger than the share is admitted
-    when its token has nothing else running.
+    The share of a token is capacity x weight / weights of all tokens that are competing now. So a token that
+    is alone may use everything, and gives way as soon as another one asks. A request that is larger than the
+    share is admitted when its token has nothing else running.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -119,7 +119,8 @@ class FairLimiter:
         state.hold_s += 0.1 * (now - held.begun - state.hold_s)
 
     def renew(self, gateway: str, leases: Mapping[str, tuple[str, Resource, int]], now: float) -> None:
-        """Keeps a gateway's leases, which are all that it has; one that a restarted limiter lost is taken again."""
+        """Keeps a gateway's leases, which are all that it has; one that a restarted limiter lost is taken
+        again."""
         for lease in [name for name, held in self._leases.items() if held.gateway == gateway]:
             if lease not in leases and now - self._leases[lease].begun > RENEW_S:
                 self.release(lease, now)
@@ -163,7 +164,8 @@ class FairLimiter:
 
     @staticmethod
     def _room_after(state: _Resource, cost: int, capacity: int) -> float:
-        """Seconds until about `cost` will have been given back, were leases held as long as they were lately."""
+        """Seconds until about `cost` will have been given back, were leases held as long as they were
+        lately."""
         return min(10.0, max(0.1, state.hold_s * min(1.0, cost / max(1, capacity))))
 
 
@@ -194,7 +196,8 @@ class Limiter:
 
 
 class Admissions:
-    """A gateway replica's side: asks the limiter, and decides alone, by the same rules, while that does not answer."""
+    """A gateway replica's side: asks the limiter, and decides alone, by the same rules, while that does not
+    answer."""
 
     def __init__(self, limiter: Any, limits: Limits) -> None:
         self._limiter = limiter

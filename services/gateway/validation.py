@@ -6,12 +6,13 @@ import math
 import re
 import secrets
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 from google.protobuf.message import DecodeError, Message
 
-from accord.images import Pixels, decode_image
 from accord.errors import ImageError
+from accord.images import Pixels, decode_image
 from accord.v1 import generation_pb2 as pb
 from accord.v1 import reward_pb2
 from services.config import Limits, SamplerDefaults
@@ -22,14 +23,14 @@ M = TypeVar("M", bound=Message)
 MAX_PROMPT = 1000
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9._:/@-]{1,128}")
-SCHEDULERS = {
+SCHEDULERS: dict[int, str] = {
     pb.SCHEDULER_DDIM: "DDIMScheduler",
     pb.SCHEDULER_DPM_SOLVER_MULTISTEP: "DPMSolverMultistepScheduler",
     pb.SCHEDULER_EULER: "EulerDiscreteScheduler",
     pb.SCHEDULER_UNIPC: "UniPCMultistepScheduler",
 }
-SCHEDULER_NUMBERS = {name: number for number, name in SCHEDULERS.items()}
-MIME_TYPES = {
+SCHEDULER_NUMBERS: dict[str, Any] = {name: number for number, name in SCHEDULERS.items()}
+MIME_TYPES: dict[int, str] = {
     pb.IMAGE_FORMAT_UNSPECIFIED: "image/png",
     pb.IMAGE_FORMAT_PNG: "image/png",
     pb.IMAGE_FORMAT_JPEG: "image/jpeg",
@@ -76,7 +77,9 @@ def parse(message_type: type[M], data: bytes, limits: Limits) -> M:
         return message_type.FromString(data)
     except DecodeError:
         name = message_type.DESCRIPTOR.full_name
-        raise RequestError(Reason.REQUEST_MALFORMED, f"the bytes are no {name}; check the stubs' version") from None
+        raise RequestError(
+            Reason.REQUEST_MALFORMED, f"the bytes are no {name}; check the stubs' version"
+        ) from None
 
 
 def request_id(given: str) -> str:
@@ -106,7 +109,7 @@ def plan(spec: pb.GenerationSpec, limits: Limits, defaults: SamplerDefaults) -> 
         prompt=spec.prompt,
         negative_prompt=spec.negative_prompt,
         steps=spec.steps or defaults.steps,
-        guidance_scale=guidance,
+        guidance_scale=float(np.float32(guidance)),  # as the manifest will have it
         scheduler=_scheduler(wrong, "spec", spec.scheduler, defaults.scheduler),
         height=spec.height,
         width=spec.width,
@@ -137,7 +140,9 @@ def replay(request: pb.ReplayImageRequest, limits: Limits) -> tuple[Sampling, st
         wrong.append(Violation("manifest.negative_prompt", f"expected at most {MAX_PROMPT} characters"))
     for name in ("model_digest", "steps", "width", "height"):
         if not getattr(manifest, name):
-            wrong.append(Violation(f"manifest.{name}", "expected the value of the image's manifest, got none"))
+            wrong.append(
+                Violation(f"manifest.{name}", "expected the value of the image's manifest, got none")
+            )
     if manifest.scheduler not in SCHEDULERS:
         wrong.append(Violation("manifest.scheduler", "expected a scheduler of the image's manifest"))
     if manifest.candidate >= limits.max_candidates:
@@ -191,7 +196,8 @@ def pairs(request: reward_pb2.ScoreImagesRequest, limits: Limits) -> None:
 
 
 def images(request: reward_pb2.ScoreImagesRequest, limits: Limits) -> list[Pixels]:
-    """The pixels (HWC) of all pairs. Takes long: run it in a thread. Raises RequestError that names the bad ones."""
+    """The pixels (HWC) of all pairs. Takes long: run it in a thread. Raises RequestError that names the bad
+    ones."""
     decoded: list[Pixels] = []
     wrong: list[Violation] = []
     pixels = 0
