@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 import accord
-from accord.cli import tokens
+from accord.cli import generation, tokens
 from accord.cli.common import errors_shown
 from accord.errors import ConfigError
 
@@ -103,12 +104,6 @@ def learn_reward(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
-def score(context: typer.Context) -> None:
-    """Score all collected images with the reward model."""
-    run_job("score", context.args)
-
-
-@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
 def finetune(context: typer.Context) -> None:
     """Fine-tune the diffusion model by reward-weighted likelihood (the paper's stage 3)."""
     run_job("finetune", context.args)
@@ -130,6 +125,21 @@ def report(context: typer.Context) -> None:
 def study(context: typer.Context) -> None:
     """Compare ways of training over several seeds, with intervals."""
     run_job("study", context.args)
+
+
+class _ScoreCommand(TyperCommand):
+    """`accord score --recipe ...` is the stage of a run; without a recipe, a gateway is asked."""
+
+    # Untyped: typer's own contexts are click's in some of its versions, and its own in others.
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if any(argument.split("=")[0] == "--recipe" for argument in args):
+            run_job("score", args)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+app.command(rich_help_panel="Serving")(generation.generate)
+app.command(rich_help_panel="Serving", cls=_ScoreCommand)(generation.score)
+app.command(rich_help_panel="Serving")(generation.replay)
 
 
 @app.command("pretrain-shapes", context_settings=_PASS_ON, rich_help_panel="Making the sandbox")

@@ -61,7 +61,7 @@ class Faulty(generation_pb2_grpc.GenerationServiceServicer, reward_pb2_grpc.Rewa
         self.requests: list[Any] = []
         self.metadata: list[dict[str, str | bytes]] = []
         self.delay_s = 0.0
-        self.cancelled = threading.Event()
+        self.asked, self.cancelled = threading.Event(), threading.Event()
         self.port = 0
 
     @property
@@ -125,6 +125,7 @@ class Faulty(generation_pb2_grpc.GenerationServiceServicer, reward_pb2_grpc.Rewa
 
     def _next(self, request: Any, context: Any) -> Fault | None:
         self.requests.append(request)
+        self.asked.set()
         self.metadata.append(dict(context.invocation_metadata()))
         if self.metadata[-1].get("authorization") != f"Bearer {TOKEN}":
             return rich_fault(grpc.StatusCode.UNAUTHENTICATED, "no such token", "TOKEN_INVALID")
