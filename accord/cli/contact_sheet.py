@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from accord.images import Pixels
 
-_CELL = 176
+_CELL = 192
 _GAP = 18
 _MARGIN = 28
 _LABEL = 34
@@ -80,11 +80,10 @@ def _fitted(pixels: Pixels) -> Image.Image:
 
 
 def _columns(count: int) -> int:
-    """Wide rather than high: 4 for up to 8, 8 at most."""
-    for columns in (4, 5, 6):
-        if count <= 2 * columns or count <= columns * columns * 0.75:
-            return min(columns, max(1, count))
-    return 8
+    """As many as rows, more or less, with few places empty; from 4 to 8 where there are as many."""
+    if count <= 4:
+        return max(1, count)
+    return min(range(4, 9), key=lambda columns: -count % columns + abs(columns - count**0.5))
 
 
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

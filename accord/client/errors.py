@@ -149,7 +149,11 @@ def from_rpc(error: Any, *, target: str, request_id: str, has_token: bool, secur
     message = _shortened(rich.message if rich and rich.message else details)
 
     if code is grpc.StatusCode.UNAUTHENTICATED:
-        return Unauthenticated(_no_token(target) if not has_token else _wrong_token(target), **about)
+        if has_token and not info:  # a proxy in front, which has reasons of its own
+            return Unauthenticated(
+                f"{target} refuses this client: {message or _wrong_token(target)}", **about
+            )
+        return Unauthenticated(_wrong_token(target) if has_token else _no_token(target), **about)
     if code is grpc.StatusCode.PERMISSION_DENIED:
         return PermissionDenied(message or f"{target} does not allow this call with this token", **about)
     if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE):

@@ -232,7 +232,10 @@ def stream(request: Any) -> Iterator[Any]:
 def serve(credentials: Any = None) -> Iterator[Faulty]:
     """The server on a free port of localhost."""
     servicer = Faulty()
-    server = grpc.server(futures.ThreadPoolExecutor(8))
+    # As wide as Serve's proxy.
+    server = grpc.server(
+        futures.ThreadPoolExecutor(8), options=[("grpc.max_receive_message_length", 2**31 - 1)]
+    )
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
     reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server)
     if credentials is None:

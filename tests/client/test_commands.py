@@ -189,7 +189,7 @@ def test_a_contact_sheet_frames_what_was_chosen() -> None:
         sheet = np.asarray(contact_sheet(cells, "a long prompt " * 20, "seed 1"))
         assert np.any(np.all(sheet == (21, 128, 61), axis=2))
         reds = int(np.all(sheet == (200, 0, 0), axis=2).sum())
-        assert reds == count * 176 * 176  # none is covered by another
+        assert reds == count * 192 * 192  # none is covered by another
     wide = np.zeros((400, 800, 3), np.uint8)
     buffer = io.BytesIO()
     contact_sheet([Cell(wide, 1.5, False)], "", "").save(buffer, "PNG")
