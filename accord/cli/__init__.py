@@ -73,10 +73,15 @@ def _main(
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
 def demo(context: typer.Context) -> None:
-    """The paper's whole loop on the world of shapes, in minutes: images, votes, reward, tuning, report."""
+    """The paper's whole loop on the world of shapes, in minutes: images, votes, reward, tuning, report.
+
+    At its end it serves the models that it made, and asks them over gRPC; with --skip-serving it does not.
+    """
     with errors_shown():
         recipe = demo_recipe()
-    run_job("loop", ["--recipe", str(recipe), *context.args])
+    arguments = [argument for argument in context.args if argument != "--skip-serving"]
+    job = "demo" if arguments == context.args else "loop"
+    run_job(job, ["--recipe", str(recipe), *arguments])
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
