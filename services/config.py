@@ -211,7 +211,7 @@ class ServeConfig(Config):
             1, self.gateway.autoscaling.min_replicas
         ):
             raise ValueError(
-                f"gateway.user_config.limits.capacity_candidates ({limits.capacity_candidates}) must be "
+                f"gateway.user_config.limits: capacity_candidates ({limits.capacity_candidates}) must be "
                 "below gateway.max_ongoing_requests times its replicas, or Serve refuses before the gateway can"
             )
         return self

@@ -128,6 +128,7 @@ def _start_ray(config: ServeConfig, public: bool) -> str:
     """Starts a local cluster with room for all replicas; the address of its metrics."""
     import ray
 
+    local: dict[str, Any] = {} if public else {"_node_ip_address": "127.0.0.1"}
     hook = None if public else {"worker_process_setup_hook": "services.loopback.only_loopback"}
     ray.init(
         address="local",
@@ -137,7 +138,7 @@ def _start_ray(config: ServeConfig, public: bool) -> str:
         log_to_driver=False,
         logging_level=logging.ERROR,
         runtime_env=hook,
-        **({} if public else {"_node_ip_address": "127.0.0.1"}),
+        **local,
     )
     node = ray.nodes()[0]  # type: ignore[no-untyped-call]
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

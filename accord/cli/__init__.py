@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 import accord
-from accord.cli import tokens
+from accord.cli import generation, tokens
 from accord.cli.common import errors_shown
 from accord.errors import ConfigError
 
@@ -77,10 +78,15 @@ def _main(
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
 def demo(context: typer.Context) -> None:
-    """The paper's whole loop on the world of shapes, in minutes: images, votes, reward, tuning, report."""
+    """The paper's whole loop on the world of shapes, in minutes: images, votes, reward, tuning, report.
+
+    At its end it serves the models that it made, and asks them over gRPC; with --skip-serving it does not.
+    """
     with errors_shown():
         recipe = demo_recipe()
-    run_job("loop", ["--recipe", str(recipe), *context.args])
+    arguments = [argument for argument in context.args if argument != "--skip-serving"]
+    job = "demo" if arguments == context.args else "loop"
+    run_job(job, ["--recipe", str(recipe), *arguments])
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
@@ -105,12 +111,6 @@ def judge(context: typer.Context) -> None:
 def learn_reward(context: typer.Context) -> None:
     """Learn the reward model from a snapshot (the paper's stage 2)."""
     run_job("learn_reward", context.args)
-
-
-@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
-def score(context: typer.Context) -> None:
-    """Score all collected images with the reward model."""
-    run_job("score", context.args)
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
@@ -141,6 +141,21 @@ def study(context: typer.Context) -> None:
 def serve(context: typer.Context) -> None:
     """Serve scored generations over gRPC on this machine, until Ctrl-C."""
     run_module("services.local", context.args)
+
+
+class _ScoreCommand(TyperCommand):
+    """`accord score --recipe ...` is the stage of a run; without a recipe, a gateway is asked."""
+
+    # Untyped: typer's own contexts are click's in some of its versions, and its own in others.
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if any(argument.split("=")[0] == "--recipe" for argument in args):
+            run_job("score", args)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+app.command(rich_help_panel="Serving")(generation.generate)
+app.command(rich_help_panel="Serving", cls=_ScoreCommand)(generation.score)
+app.command(rich_help_panel="Serving")(generation.replay)
 
 
 @app.command("pretrain-shapes", context_settings=_PASS_ON, rich_help_panel="Making the sandbox")

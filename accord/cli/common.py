@@ -10,6 +10,7 @@ from accord.errors import AccordError
 
 # What a user can mend; typer's own errors of usage leave with the same.
 USAGE_STATUS = 2
+INTERRUPTED_STATUS = 130
 
 
 def stderr() -> Console:
@@ -27,3 +28,6 @@ def errors_shown() -> Iterator[None]:
         console.print("[bold red]Error:[/] ", end="")
         console.print(str(error), markup=False)
         raise typer.Exit(getattr(error, "exit_status", USAGE_STATUS)) from None
+    except KeyboardInterrupt:
+        stderr().print("Stopped.")
+        raise typer.Exit(INTERRUPTED_STATUS) from None
