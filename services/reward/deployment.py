@@ -73,6 +73,7 @@ class Reward:
         batch.set_batch_wait_timeout_s(self._settings.batch_wait_s)
         self._sweeping: asyncio.Task[None] | None = None
         self._metrics = RewardMetrics()
+        self._failures = 0
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         await self._shelf.apply(as_table(user_config))
@@ -108,6 +109,9 @@ class Reward:
         while True:
             await asyncio.sleep(SWEEP_S)
             await self._shelf.sweep()
+            if self._shelf.failures > self._failures:
+                self._metrics.load_failures.inc(self._shelf.failures - self._failures)
+                self._failures = self._shelf.failures
 
 
 def load_reward(directory: str, device: str = "cpu") -> RewardModel:
