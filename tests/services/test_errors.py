@@ -21,7 +21,7 @@ from tests.services.deployment import PROMPT, Deployment, details, eventually, r
 pytestmark = pytest.mark.cluster
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
-PICTURE = encode_png(np.zeros((16, 16, 3), dtype=np.uint8))
+PICTURE = encode_png(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -215,6 +215,7 @@ def _animated() -> bytes:
         (_animated(), "animated"),
         (bytes(1_000_001), "bytes"),
     ],
+    ids=["empty", "text", "truncated", "bomb", "animated", "large"],
 )
 def test_a_bad_image_is_named(deployment: Deployment, image: bytes, word: str) -> None:
     pairs = [
