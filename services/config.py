@@ -109,7 +109,8 @@ class GenerationSettings(DeploymentSettings):
     """The deployment that draws."""
 
     max_ongoing_requests: int = Field(default=256, ge=1)
-    """Above what the gateway admits for a replica: the engine's queue is quicker than Serve's, which polls."""
+    """Above what the gateway admits for a replica: the engine's queue is quicker than Serve's, which
+    polls."""
     engine: EngineSettings = Field(default_factory=EngineSettings)
     user_config: ModelTable
 
@@ -128,7 +129,7 @@ class RewardSettings(DeploymentSettings):
     """N of equation 1: the prompt and N - 1 perturbed ones."""
     retire_after_s: float = Field(default=30.0, ge=0.0)
     user_config: ModelTable
-    """A directory of a reward model; or of a CLIP alone, whose similarity is then the reward."""
+    """Of reward models; a directory may be that of a CLIP alone, whose similarity is then the reward."""
 
 
 class RateLimit(Config):
