@@ -25,6 +25,8 @@ LEASE_S = 10.0
 RENEW_S = 2.0
 ACTIVE_S = 2.0
 """A token counts as competing for so long after it last asked or held anything."""
+REFUSED_S = 0.05
+"""For so long a gateway repeats a refusal without asking: a flood then costs the limiter nothing."""
 ASK_S = 1.0
 """After so long without an answer from the limiter, a gateway decides alone."""
 
@@ -208,6 +210,7 @@ class Admissions:
         self._alone = FairLimiter(limits)
         self._gateway = uuid.uuid4().hex
         self._leases: dict[str, tuple[str, Resource, int]] = {}
+        self._refused: dict[tuple[str, Resource], tuple[float, int, Refusal]] = {}
         self._renewing: asyncio.Task[None] | None = None
         self._releasing: set[asyncio.Task[None]] = set()
 
@@ -221,12 +224,18 @@ class Admissions:
     @contextlib.asynccontextmanager
     async def admitted(self, token: str, resource: Resource, cost: int) -> AsyncIterator[Refusal | None]:
         """Holds `cost` of the resource for the token during the block, or yields why it may not."""
+        until, refused_cost, refused = self._refused.get((token, resource), (0.0, 0, None))
+        if refused is not None and time.monotonic() < until and cost >= refused_cost:
+            yield refused
+            return
         lease = uuid.uuid4().hex
         self._leases[lease] = (token, resource, cost)
         try:
             refusal = await self._ask(lease, token, resource, cost)
             if refusal is not None:
                 del self._leases[lease]
+                until = time.monotonic() + min(REFUSED_S, refusal.retry_after_s)
+                self._refused[token, resource] = (until, cost, refusal)
             yield refusal
         finally:
             if self._leases.pop(lease, None) is not None:

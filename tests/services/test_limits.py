@@ -1,9 +1,16 @@
 """Rates and fair shares, with the time in our hands."""
 
+from __future__ import annotations
+
+import asyncio
+import functools
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from services.config import Limits, RateLimit
-from services.gateway.limits import LEASE_S, FairLimiter
+from services.gateway.limits import LEASE_S, Admissions, FairLimiter, Limiter
 
 
 def limiter(capacity: int = 10, **limits: object) -> FairLimiter:
@@ -109,3 +116,74 @@ def test_a_lease_that_its_gateway_no_longer_names_is_given_back() -> None:
     fair.admit("g", "lost", "a", "candidates", 2, 0.0)
     fair.renew("g", {}, 5.0)
     assert fair.in_use("candidates") == 0
+
+
+class _Handle:
+    """A limiter's handle: answers from the limiter, or not at all."""
+
+    def __init__(self, limiter: Limiter) -> None:
+        self._limiter = limiter
+        self.silent = False
+        self.asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=functools.partial(self._call, name))
+
+    async def _call(self, name: str, *arguments: Any) -> Any:
+        self.asked += name == "admit"
+        if self.silent:
+            raise ConnectionError
+        return await getattr(self._limiter, name)(*arguments)
+
+
+def test_a_gateway_gives_back_what_it_took_and_repeats_a_refusal_without_asking() -> None:
+    async def test() -> None:
+        limits = Limits(capacity_candidates=2)
+        limiter = Limiter()
+        limiter.reconfigure(limits.model_dump())
+        handle = _Handle(limiter)
+        gateway = Admissions(handle, limits)
+        async with gateway.admitted("a", "candidates", 2) as refusal:
+            assert refusal is None
+            for _ in range(5):
+                async with gateway.admitted("a", "candidates", 1) as refusal:
+                    assert refusal is not None
+            assert handle.asked < 6
+        await asyncio.sleep(0.1)
+        assert (await limiter.in_use())["candidates"] == 0
+        async with gateway.admitted("a", "candidates", 1) as refusal:
+            assert refusal is None
+
+    asyncio.run(test())
+
+
+def test_a_gateway_whose_limiter_is_silent_decides_alone() -> None:
+    async def test() -> None:
+        handle = _Handle(Limiter())
+        handle.silent = True
+        gateway = Admissions(handle, Limits(capacity_candidates=2))
+        async with gateway.admitted("a", "candidates", 2) as refusal:
+            assert refusal is None
+            async with gateway.admitted("b", "candidates", 1) as refusal:
+                assert refusal is not None
+                assert refusal.reason == "CAPACITY_EXHAUSTED"
+        await asyncio.sleep(0.1)
+        async with gateway.admitted("b", "candidates", 1) as refusal:
+            assert refusal is None
+
+    asyncio.run(test())
+
+
+def test_limits_that_change_live_reach_the_limiter() -> None:
+    async def test() -> None:
+        limiter = Limiter()
+        gateway = Admissions(_Handle(limiter), Limits())
+        gateway.configure(Limits(capacity_candidates=1))
+        await asyncio.sleep(0.1)
+        async with gateway.admitted("a", "candidates", 1) as refusal:
+            assert refusal is None
+        await asyncio.sleep(0.1)
+        assert await limiter.admit("g", "l0", "a", "candidates", 1) is None
+        assert await limiter.admit("g", "l1", "b", "candidates", 1) is not None
+
+    asyncio.run(test())
