@@ -36,9 +36,14 @@ app.add_typer(tokens.app, name="token", rich_help_panel="Serving")
 
 def run_job(module: str, arguments: Sequence[str]) -> NoReturn:
     """Becomes `python -m ray_jobs.MODULE`: Ctrl-C, exit status and terminal are the job's own."""
+    run_module(f"ray_jobs.{module}", arguments)
+
+
+def run_module(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Becomes `python -m MODULE`."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", f"ray_jobs.{module}", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
 def demo_recipe() -> Path:
@@ -130,6 +135,12 @@ def report(context: typer.Context) -> None:
 def study(context: typer.Context) -> None:
     """Compare ways of training over several seeds, with intervals."""
     run_job("study", context.args)
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="Serving")
+def serve(context: typer.Context) -> None:
+    """Serve scored generations over gRPC on this machine, until Ctrl-C."""
+    run_module("services.local", context.args)
 
 
 class _ScoreCommand(TyperCommand):
