@@ -1,4 +1,4 @@
-"""Who may import what: the method knows neither Ray nor gRPC, and services and jobs do not know each other."""
+"""Who may import what: the method knows neither Ray nor gRPC; services and jobs do not know each other."""
 
 import ast
 from collections.abc import Iterator
