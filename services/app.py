@@ -1,7 +1,8 @@
 """The application: gateway, generation, reward and limiter, from one `ServeConfig`.
 
-In a Serve config file: `import_path: services.app:build`, with `args: {environment: FILE}` or the config
-itself as args.
+In a Serve config file: `import_path: services.app:build`, with `args: {environment: FILE}` or the content of
+such a file as args. A change of args replaces the replicas, one after the other; what is under
+`deployments[].user_config` changes live (docs/serve.md).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
+import accord
+from accord.artifacts import canonical_json, sha256_bytes
 from accord.config import load_yaml, validate
 from services.config import GATEWAY, GENERATION, LIMITER, REWARD, ServeConfig
 from services.gateway.ingress import Gateway
@@ -22,17 +25,24 @@ from services.reward.deployment import Reward
 deployment: Any = serve.deployment
 
 
-def application(config: ServeConfig) -> Application:
-    """All deployments, bound. Their code must be importable on every node."""
+def application(config: ServeConfig, *, versioned: bool = False) -> Application:
+    """All deployments, bound. Their code must be importable on every node.
+
+    `versioned`: running it again with another user_config changes that live, and replaces no replica. (Serve
+    does so by itself for applications of a config file.)
+    """
+    version = {"version": _version(config), "_internal": True} if versioned else {}
     generation = deployment(Generation).options(
         name=GENERATION,
         user_config=config.generation.user_config.model_dump(mode="json"),
         **config.generation.options(),
+        **version,
     )
     reward = deployment(Reward).options(
         name=REWARD,
         user_config=config.reward.user_config.model_dump(mode="json"),
         **config.reward.options(),
+        **version,
     )
     limiter = deployment(Limiter).options(
         name=LIMITER,
@@ -40,11 +50,13 @@ def application(config: ServeConfig) -> Application:
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0},
         user_config=config.gateway.user_config.limits.model_dump(mode="json"),
+        **version,
     )
     gateway = deployment(Gateway).options(
         name=GATEWAY,
         user_config=config.gateway.user_config.model_dump(mode="json"),
         **config.gateway.options(),
+        **version,
     )
     app: Application = gateway.bind(
         generation.bind(config.generation.model_dump(mode="json")),
@@ -60,3 +72,16 @@ def build(args: dict[str, Any]) -> Application:
     if set(args) == {"environment"}:
         return application(load_yaml(ServeConfig, str(args["environment"])))
     return application(validate(ServeConfig, dict(args), "args of services.app:build"))
+
+
+def _version(config: ServeConfig) -> str:
+    """Of all that cannot be changed live, except for what Serve compares itself."""
+    fixed = {
+        "version": accord.__version__,
+        "engine": config.generation.engine,
+        "reward": config.reward.model_dump(
+            mode="json", include={"device", "threads", "grammar", "num_prompts"}
+        ),
+        "tokens": config.gateway.tokens,
+    }
+    return sha256_bytes(canonical_json(fixed).encode())[:16]

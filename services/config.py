@@ -108,6 +108,9 @@ class EngineSettings(Config):
 class GenerationSettings(DeploymentSettings):
     """The deployment that draws."""
 
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    """Above what the gateway admits for a replica: the engine's queue is quicker than Serve's, which
+    polls."""
     engine: EngineSettings = Field(default_factory=EngineSettings)
     user_config: ModelTable
 
@@ -115,6 +118,7 @@ class GenerationSettings(DeploymentSettings):
 class RewardSettings(DeploymentSettings):
     """The deployment that scores."""
 
+    max_ongoing_requests: int = Field(default=256, ge=1)
     device: str = "cpu"
     threads: int = Field(default=1, ge=1)
     max_batch_size: int = Field(default=32, ge=1)
@@ -125,7 +129,7 @@ class RewardSettings(DeploymentSettings):
     """N of equation 1: the prompt and N - 1 perturbed ones."""
     retire_after_s: float = Field(default=30.0, ge=0.0)
     user_config: ModelTable
-    """A directory of a reward model; or of a CLIP alone, whose similarity is then the reward."""
+    """Of reward models; a directory may be that of a CLIP alone, whose similarity is then the reward."""
 
 
 class RateLimit(Config):
@@ -190,6 +194,7 @@ class GatewaySettings(DeploymentSettings):
 
     num_cpus: float = Field(default=0.5, ge=0.0)
     max_ongoing_requests: int = Field(default=1024, ge=1)
+    max_queued_requests: int = 1024
     tokens: str = ""
     """The file of hashed tokens (accord.tokens), on every node; read again when it changes. Empty: the place
     where `accord serve` and `accord token` keep it."""
@@ -212,6 +217,6 @@ class ServeConfig(Config):
         ):
             raise ValueError(
                 f"gateway.user_config.limits: capacity_candidates ({limits.capacity_candidates}) must be "
-                "below gateway.max_ongoing_requests times its replicas, or Serve refuses before the gateway can"
+                "below gateway.max_ongoing_requests times its replicas, or Serve refuses before it can"
             )
         return self

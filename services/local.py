@@ -156,7 +156,7 @@ def _start_serve(config: ServeConfig, port: int) -> None:
         grpc_options={"port": port, "grpc_servicer_functions": list(SERVICER_FUNCTIONS)},
     )
     try:
-        serve.run(application(config), name=APP_NAME, blocking=False)
+        serve.run(application(config, versioned=True), name=APP_NAME, blocking=False)
     except RuntimeError as error:
         raise AccordError(f"the application could not be started: {_cause(error)}") from error
 

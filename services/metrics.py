@@ -67,9 +67,11 @@ class EngineMetrics:
             "cache_misses": ("accord_engine_text_cache_misses_total", "Prompts encoded."),
         }
         self.counters = {key: Counter(name, text) for key, (name, text) in counters.items()}
-        self.load_failures = Counter(
-            "accord_model_load_failures_total", "Model tables that could not be loaded."
-        )
+        self.load_failures = load_failures()
+
+
+def load_failures() -> Counter:
+    return Counter("accord_model_load_failures_total", "Model tables that could not be loaded.")
 
 
 class RewardMetrics:
@@ -77,6 +79,7 @@ class RewardMetrics:
 
     def __init__(self) -> None:
         self.images = Counter("accord_scored_images_total", "Images scored.")
+        self.load_failures = load_failures()
         self.batch = Histogram("accord_score_batch_images", "Images scored together.", boundaries=_CANDIDATES)
         self.seconds = Histogram(
             "accord_score_batch_seconds", "Time of scoring a batch.", boundaries=_SECONDS

@@ -1,4 +1,4 @@
-"""The thread that turns finished latents into pixels while the next denoising steps run.
+"""Turns finished latents into pixels, beside the next denoising steps or between them.
 
 Shapes: B samples, C H W of latents.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from accord.diffusion.adapters import Pixels
 from accord.diffusion.batching import Sample
 from accord.diffusion.cuda import make_event, new_stream
+from accord.diffusion.settings import EngineConfig
 from accord.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,11 @@ class Finished:
 
 
 class Decoder:
-    """Decodes in batches of what is there (it never waits for more), of one model and size at a time."""
+    """Decodes in batches of what is there (it never waits for more), of one model and size at a time: in a
+    thread of its own, or (see EngineConfig.decode_thread) when `work` is called."""
 
-    def __init__(self, batch: int, device: torch.device, done: Done) -> None:
-        self._batch = batch
+    def __init__(self, config: EngineConfig, device: torch.device, done: Done) -> None:
+        self._batch = config.decode_batch
         self._device = device
         self._done = done
         self._queue: deque[Finished] = deque()
@@ -49,8 +51,11 @@ class Decoder:
         self._closing = False
         self.images = 0
         self.seconds = 0.0
-        self._thread = threading.Thread(target=self._run, name="accord-decoder", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        threaded = config.decode_thread
+        if threaded or (threaded is None and device.type == "cuda"):
+            self._thread = threading.Thread(target=self._run, name="accord-decoder", daemon=True)
+            self._thread.start()
 
     def put(self, samples: list[Sample], latents_BCHW: Tensor) -> None:
         """Takes finished samples; returns at once."""
@@ -69,8 +74,13 @@ class Decoder:
         with self._condition:
             self._closing = True
             self._condition.notify()
-        if self._thread is not threading.current_thread():
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def work(self) -> None:
+        """Without a thread: decodes what is there, now."""
+        while self._thread is None and self._queue and not self._closing:
+            self._safely_decode(self._take())
 
     def _run(self) -> None:
         with self._stream():
@@ -80,12 +90,15 @@ class Decoder:
                     if self._closing:
                         return
                     batch = self._take()
-                try:
-                    self._decode(batch)
-                except Exception as error:  # a bug: say so, and go on
-                    logger.exception("the decoder failed")
-                    for finished in batch:
-                        self._done(finished.sample, EngineError(f"the decoder failed: {error}"))
+                self._safely_decode(batch)
+
+    def _safely_decode(self, batch: list[Finished]) -> None:
+        try:
+            self._decode(batch)
+        except Exception as error:  # a bug: say so, and go on
+            logger.exception("the decoder failed")
+            for finished in batch:
+                self._done(finished.sample, EngineError(f"the decoder failed: {error}"))
 
     def _take(self) -> list[Finished]:
         head = self._queue[0].sample

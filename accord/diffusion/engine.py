@@ -6,8 +6,8 @@
     image_HWC = ticket.future.result()
 
 One thread runs UNet steps over whatever samples are there: a sample joins at the next step and leaves when it
-is done. Only model and size divide them into groups, which take turns. A second thread decodes. An image
-depends on its spec and the model alone: to within 1/255, and bit by bit where `batch_sizes` holds one size.
+is done. Only model and size divide them into groups, which take turns. On a GPU a second thread decodes. An
+image depends on its spec and the model alone: to within 1/255, bit by bit with one entry in `batch_sizes`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Engine:
         self._swept = True
         self._closing = False
         self._pace = Pace(self.device)
-        self._decoder = Decoder(config.decode_batch, self.device, self._ledger.resolve)
+        self._decoder = Decoder(config, self.device, self._ledger.resolve)
         self._thread = threading.Thread(target=self._run, name="accord-engine", daemon=True)
         self._thread.start()
 
@@ -198,6 +198,7 @@ class Engine:
         group = self._next_group()
         if group is not None:
             self._step(group)
+        self._decoder.work()
 
     def _has_work(self) -> bool:
         return (

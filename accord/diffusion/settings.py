@@ -49,6 +49,9 @@ class EngineConfig(Config):
     """Compiles the UNet (torch.compile) for each of batch_sizes. The first step at each size is slow."""
     decode_batch: int = Field(default=16, ge=1)
     """Most images that the VAE decodes at once."""
+    decode_thread: bool | None = None
+    """Decodes in a thread of its own, beside the denoising steps. None: on a GPU yes; on a CPU no, where
+    the two would only take the same cores from each other."""
     text_cache: int = Field(default=4096, ge=1)
     """Encoded prompts kept for each model; the least recently used goes first."""
 

@@ -71,7 +71,7 @@ class Calls:
         try:
             request = self._open(call, scope, types[0], data, context)
             response = await handler(request, call)
-            self._end(call, begun, "OK")
+            self._succeed(call, begun)
             return response
         except BaseException as error:
             self._fail(call, begun, context, error)
@@ -94,7 +94,7 @@ class Calls:
             async with contextlib.aclosing(handler(request, call)) as responses:
                 async for response in responses:
                     yield response
-            self._end(call, begun, "OK")
+            self._succeed(call, begun)
             return
         except BaseException as error:
             self._fail(call, begun, context, error)
@@ -114,6 +114,12 @@ class Calls:
         self._in_flight[method] = self._in_flight.get(method, 0) + 1
         self._metrics.in_flight.set(self._in_flight[method], tags={"method": method})
         return time.monotonic()
+
+    def _succeed(self, call: Call, begun: float) -> None:
+        self._end(call, begun, "OK")
+        if call.principal is not None:
+            elapsed_s, who = time.monotonic() - begun, call.principal.name
+            logger.info("request %s of %s by %s: OK, %.3f s", call.request_id, call.method, who, elapsed_s)
 
     def _end(self, call: Call, begun: float, status: str) -> None:
         self._in_flight[call.method] -= 1

@@ -19,6 +19,7 @@ DETAILS_KEY = "grpc-status-details-bin"
 MAX_VIOLATIONS = 16
 """A client refuses a status whose trailers are longer than its limit, 8 KiB by default."""
 MAX_TEXT = 240
+_FIELD, _DESCRIPTION = 60, 120
 
 
 class Reason(StrEnum):
@@ -100,7 +101,9 @@ def invalid(violations: Sequence[Violation], reason: Reason = Reason.FIELD_INVAL
 
 
 def shortened(text: str, limit: int = MAX_TEXT) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    """At most `limit` bytes of UTF-8."""
+    data = text.encode("utf-8", "replace")
+    return text if len(data) <= limit else data[: limit - 3].decode("utf-8", "ignore") + "..."
 
 
 def rich_status(error: RequestError, request_id: str) -> status_pb2.Status:
@@ -112,7 +115,8 @@ def rich_status(error: RequestError, request_id: str) -> status_pb2.Status:
     if error.violations:
         shown = [
             error_details_pb2.BadRequest.FieldViolation(
-                field=shortened(violation.field, 80), description=shortened(violation.description)
+                field=shortened(violation.field, _FIELD),
+                description=shortened(violation.description, _DESCRIPTION),
             )
             for violation in error.violations[:MAX_VIOLATIONS]
         ]

@@ -16,31 +16,22 @@ from accord.v1 import generation_pb2 as pb
 from accord.v1 import reward_pb2
 from services.config import GatewaySettings, GatewayUserConfig
 from services.gateway import scoring, validation
-from services.gateway.backend import Backend, ModelGone, Models
+from services.gateway.backend import Backend
 from services.gateway.calls import Call, Calls, Context
 from services.gateway.errors import Reason, RequestError
-from services.gateway.generate import (
-    Candidate,
-    Result,
-    Session,
-    draw_request,
-    image_message,
-    parallel,
-    with_size,
-)
+from services.gateway.generate import Result, Session, image_message, parallel
 from services.gateway.health import Health
 from services.gateway.limits import Admissions, Refusal, Resource
 from services.gateway.pictures import encode
+from services.gateway.replay import replay, within
 from services.metrics import GatewayMetrics
 from services.models import Catalogue
-from services.reward.deployment import ScoreRequest
 
 REFUSALS = {
     "RATE_LIMITED": "the token's requests come faster than its rate allows",
     "CONCURRENCY_LIMITED": "the token has as much running as it may have",
     "CAPACITY_EXHAUSTED": "all capacity is taken, or more than this token's share of it",
 }
-REPLAY_TRIES = 3
 
 
 class Gateway:
@@ -171,33 +162,13 @@ class Gateway:
         yield pb.StreamImagesResponse(completed=completed)
 
     async def _replay(self, request: pb.ReplayImageRequest, call: Call) -> pb.ReplayImageResponse:
-        sampling, mime_type = validation.replay(request, self._config.limits)
-        asked = request.manifest
+        limits = self._config.limits
+        sampling, mime_type = validation.replay(request, limits)
         async with self._admitted(call, "candidates", 1):
-            for _ in range(REPLAY_TRIES):
-                model = await self._backend.resolve_digest(asked.model_digest)
-                reward = await self._backend.resolve_reward_or_default(asked.reward_model_digest)
-                sized = with_size(sampling, Models(model, reward), "manifest")
-                try:
-                    pixels = await self._backend.draw(
-                        draw_request(model.digest, sized, asked.seed, asked.candidate)
-                    )
-                    scores = await self._backend.score(ScoreRequest(reward.digest, [pixels], [sized.prompt]))
-                    break
-                except ModelGone:
-                    await self._backend.refresh()
-            else:
-                raise RequestError(
-                    Reason.BACKEND_UNAVAILABLE,
-                    "the models are being changed; try again soon",
-                    retry_after_s=2.0,
-                )
-        candidate = Candidate(asked.candidate, pixels, scores.rewards[0], scores.similarities[0])
-        manifest = pb.ImageManifest()
-        manifest.CopyFrom(asked)
-        manifest.reward_model_digest = reward.digest
+            drawing = replay(self._backend, request.manifest, sampling)
+            candidate, manifest = await within(limits.request_timeout_s, drawing, "ask for fewer steps")
         candidate.data = await asyncio.get_running_loop().run_in_executor(
-            self._encoder, encode, pixels, mime_type, manifest
+            self._encoder, encode, candidate.pixels, mime_type, manifest
         )
         image = image_message(candidate, mime_type, manifest, 1)
         return pb.ReplayImageResponse(request_id=call.request_id, image=image)

@@ -187,7 +187,11 @@ class Limiter:
     async def release(self, lease: str) -> None:
         self._fair.release(lease, time.monotonic())
 
-    async def renew(self, gateway: str, leases: dict[str, tuple[str, Resource, int]]) -> None:
+    async def renew(
+        self, gateway: str, leases: dict[str, tuple[str, Resource, int]], limits: dict[str, Any]
+    ) -> None:
+        """The gateway's limits come along, so that a live change of them needs no second place."""
+        self._fair.configure(Limits.model_validate(limits))
         self._fair.renew(gateway, leases, time.monotonic())
 
     async def in_use(self) -> dict[str, int]:
@@ -200,7 +204,7 @@ class Admissions:
     answer."""
 
     def __init__(self, limiter: Any, limits: Limits) -> None:
-        self._limiter = limiter
+        self._limiter, self._limits = limiter, limits
         self._alone = FairLimiter(limits)
         self._gateway = uuid.uuid4().hex
         self._leases: dict[str, tuple[str, Resource, int]] = {}
@@ -208,13 +212,15 @@ class Admissions:
         self._releasing: set[asyncio.Task[None]] = set()
 
     def configure(self, limits: Limits) -> None:
+        """New limits; the limiter hears of them within RENEW_S. Needs a running event loop."""
+        self._limits = limits
         self._alone.configure(limits)
+        if self._renewing is None:
+            self._renewing = asyncio.create_task(self._renew())
 
     @contextlib.asynccontextmanager
     async def admitted(self, token: str, resource: Resource, cost: int) -> AsyncIterator[Refusal | None]:
         """Holds `cost` of the resource for the token during the block, or yields why it may not."""
-        if self._renewing is None or self._renewing.done():
-            self._renewing = asyncio.create_task(self._renew())
         lease = uuid.uuid4().hex
         self._leases[lease] = (token, resource, cost)
         try:
@@ -247,11 +253,12 @@ class Admissions:
 
     async def _renew(self) -> None:
         while True:
-            await asyncio.sleep(RENEW_S)
+            limits = self._limits.model_dump(mode="json")
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(
-                    _value(self._limiter.renew.remote(self._gateway, dict(self._leases))), ASK_S
+                    _value(self._limiter.renew.remote(self._gateway, dict(self._leases), limits)), ASK_S
                 )
+            await asyncio.sleep(RENEW_S)
 
 
 async def _value(response: Any) -> Any:

@@ -12,6 +12,7 @@ from accord.v1 import reward_pb2
 from services.config import Limits
 from services.gateway.backend import Backend, ModelGone
 from services.gateway.errors import Reason, RequestError
+from services.gateway.replay import within
 from services.reward.deployment import ScoreRequest, Scores
 
 PART = 64
@@ -35,15 +36,10 @@ async def score(
         ]
         tasks = [asyncio.create_task(backend.score(part)) for part in parts]
         try:
-            scored = await asyncio.wait_for(asyncio.gather(*tasks), limits.request_timeout_s)
+            scored = await within(limits.request_timeout_s, asyncio.gather(*tasks), "send fewer pairs")
         except ModelGone:
             await backend.refresh()
             continue
-        except TimeoutError:
-            raise RequestError(
-                Reason.REQUEST_TIMEOUT,
-                f"not done after {limits.request_timeout_s:.0f} s, the server's limit; send fewer pairs",
-            ) from None
         finally:
             for task in tasks:
                 task.cancel()

@@ -90,6 +90,7 @@ class Generation:
         )
         self._metrics = EngineMetrics()
         self._reported: dict[str, float] = {}
+        self._failures = 0
         self._keeping: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -166,6 +167,9 @@ class Generation:
         stats = asdict(self._engine.stats())
         grown = {key: value - self._reported.get(key, 0) for key, value in stats.items()}
         self._reported = stats
+        if self._shelf.failures > self._failures:
+            self._metrics.load_failures.inc(self._shelf.failures - self._failures)
+            self._failures = self._shelf.failures
         for key, counter in self._metrics.counters.items():
             if grown[key] > 0:
                 counter.inc(grown[key])

@@ -61,7 +61,7 @@ class Reward:
         torch.set_num_threads(self._settings.threads)
         self._worker = ThreadPoolExecutor(1, "reward")
         self._loader = ThreadPoolExecutor(1, "reward loader")
-        self._grammar = load_grammar(self._settings.grammar)
+        self._perturbations = Perturbations(load_grammar(self._settings.grammar), self._settings.num_prompts)
         self._shelf: Shelf[RewardModel] = Shelf(
             functools.partial(load_reward, device=self._settings.device),
             lambda model: model.digest,
@@ -73,6 +73,7 @@ class Reward:
         batch.set_batch_wait_timeout_s(self._settings.batch_wait_s)
         self._sweeping: asyncio.Task[None] | None = None
         self._metrics = RewardMetrics()
+        self._failures = 0
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         await self._shelf.apply(as_table(user_config))
@@ -97,7 +98,7 @@ class Reward:
     async def _score_batch(self, items: list[tuple[RewardModel, ScoreRequest]]) -> list[Scores]:
         begun, count = time.monotonic(), sum(len(request.images) for _, request in items)
         scores = await asyncio.get_running_loop().run_in_executor(
-            self._worker, score_all, items, self._grammar, self._settings.num_prompts
+            self._worker, score_all, items, self._perturbations
         )
         self._metrics.images.inc(count)
         self._metrics.batch.observe(count)
@@ -108,6 +109,33 @@ class Reward:
         while True:
             await asyncio.sleep(SWEEP_S)
             await self._shelf.sweep()
+            if self._shelf.failures > self._failures:
+                self._metrics.load_failures.inc(self._shelf.failures - self._failures)
+                self._failures = self._shelf.failures
+
+
+class Perturbations:
+    """Prompts that say something else than a prompt: what equation 1 compares it with."""
+
+    def __init__(self, grammar: Grammar, num_prompts: int) -> None:
+        self._grammar, self._count = grammar, num_prompts - 1
+        self._known = functools.lru_cache(maxsize=4096)(self._find)
+
+    def of(self, text: str) -> tuple[str, ...]:
+        """As many as there are, at most num_prompts - 1; none for a text outside the grammar."""
+        return self._known(text)
+
+    def _find(self, text: str) -> tuple[str, ...]:
+        try:
+            prompt = self._grammar.parse(text)
+        except PromptError:
+            return ()
+        for count in range(self._count, 0, -1):
+            try:
+                return tuple(other.text for other in self._grammar.perturb(prompt, count, seed=0))
+            except PromptError:
+                continue
+        return ()
 
 
 def load_reward(directory: str, device: str = "cpu") -> RewardModel:
@@ -122,7 +150,7 @@ def load_reward(directory: str, device: str = "cpu") -> RewardModel:
 
 
 def score_all(
-    items: Sequence[tuple[RewardModel, ScoreRequest]], grammar: Grammar, num_prompts: int
+    items: Sequence[tuple[RewardModel, ScoreRequest]], perturbations: Perturbations
 ) -> list[Scores]:
     """Scores of all requests; those of one model go through it together."""
     scores: dict[int, Scores] = {}
@@ -132,7 +160,7 @@ def score_all(
         images = [image for row in rows for image in items[row][1].images]
         prompts = [prompt for row in rows for prompt in items[row][1].prompts]
         asked = [items[row][1].probability for row in rows for _ in items[row][1].prompts]
-        whole = _score(model, images, prompts, asked, grammar, num_prompts)
+        whole = _score(model, images, prompts, asked, perturbations)
         start = 0
         for row in rows:
             end = start + len(items[row][1].images)
@@ -148,13 +176,12 @@ def _score(
     images: Sequence[Pixels],
     prompts: Sequence[str],
     asked: Sequence[bool],
-    grammar: Grammar,
-    num_prompts: int,
+    perturbations: Perturbations,
 ) -> Scores:
     image_BD = model.encoder.image_features(images)
-    others = {prompt: perturbed(grammar, prompt, num_prompts) for prompt in dict.fromkeys(prompts)}
     wanted = {prompt for prompt, want in zip(prompts, asked, strict=True) if want}
-    texts = features.unique([*others, *(text for prompt in wanted for text in others[prompt])])
+    others = {prompt: perturbations.of(prompt) for prompt in wanted}
+    texts = features.unique([*prompts, *(text for several in others.values() for text in several)])
     rows = {text: row for row, text in enumerate(texts)}
     text_KD = model.encoder.text_features(texts)
     text_BD = text_KD[[rows[prompt] for prompt in prompts]]
@@ -166,27 +193,3 @@ def _score(
             text_1ND = text_KD[[rows[text] for text in (prompt, *others[prompt])]][None]
             probabilities[index] = float(model.classify(image_BD[index : index + 1], text_1ND)[0, 0])
     return Scores(rewards, similarities, probabilities)
-
-
-@functools.lru_cache(maxsize=4096)
-def _perturbed(grammar_id: int, text: str, count: int) -> tuple[str, ...]:
-    grammar = _GRAMMARS[grammar_id]
-    try:
-        prompt = grammar.parse(text)
-    except PromptError:
-        return ()
-    for wanted in range(count - 1, 0, -1):
-        try:
-            return tuple(other.text for other in grammar.perturb(prompt, wanted, seed=0))
-        except PromptError:
-            continue
-    return ()
-
-
-_GRAMMARS: dict[int, Grammar] = {}
-
-
-def perturbed(grammar: Grammar, text: str, count: int) -> tuple[str, ...]:
-    """Up to count - 1 prompts that say something else than `text`; none for a text outside the grammar."""
-    _GRAMMARS[id(grammar)] = grammar
-    return _perturbed(id(grammar), text, count)

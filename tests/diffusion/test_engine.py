@@ -133,6 +133,16 @@ def test_one_batch_size_makes_images_bit_identical(tiny_model: DiffusionModel) -
             assert np.array_equal(first, second)
 
 
+@pytest.mark.parametrize("threaded", [True, False])
+def test_decoding_in_a_thread_of_its_own_or_between_steps(tiny_model: DiffusionModel, threaded: bool) -> None:
+    with Engine(EngineConfig(decode_thread=threaded, decode_batch=2)) as engine:
+        engine.load("m", tiny_model)
+        tickets = [engine.submit(spec(seed, height=[32, 64][seed % 2])) for seed in range(8)]
+        for ticket in tickets:
+            assert difference(ticket.future.result(WAIT_S), reference(tiny_model, ticket.spec)) <= 1
+        assert engine.stats().decoded == 8
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_compiled_on_a_gpu(tiny_directory: Path) -> None:

@@ -1,0 +1,86 @@
+"""`accord serve` as a user starts and stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+
+from accord.tokens import read_secret
+from accord.v1 import generation_pb2 as pb
+from accord.v1 import generation_pb2_grpc
+from tests.services.deployment import eventually
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+def test_serve_starts_answers_and_stops_by_sigint_that_its_parent_ignored(tmp_path: Path, root: Path) -> None:
+    endpoint_file = tmp_path / "endpoint.json"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "accord.cli",
+                "serve",
+                "--port",
+                "0",
+                "--endpoint-file",
+                str(endpoint_file),
+            ],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root), "ACCORD_HOME": str(tmp_path / "home")},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )
+        try:
+            eventually(
+                lambda: endpoint_file.exists() or process.poll() is not None, "it is ready", timeout_s=180
+            )
+            assert endpoint_file.exists(), (tmp_path / "log").read_text()
+            endpoint = json.loads(endpoint_file.read_text())
+            assert stat.S_IMODE(Path(endpoint["secret_path"]).stat().st_mode) == 0o600
+            token = read_secret(endpoint["secret_path"])
+            with grpc.insecure_channel(endpoint["address"]) as channel:
+                stub = generation_pb2_grpc.GenerationServiceStub(channel)
+                answer = stub.GenerateImages(
+                    pb.GenerateImagesRequest(spec=pb.GenerationSpec(prompt="a red star", steps=2)),
+                    metadata=[("authorization", f"Bearer {token}")],
+                    timeout=120,
+                )
+            assert len(answer.images) == 1
+            port = int(endpoint["address"].rpartition(":")[2])
+            assert not _listens_elsewhere(port)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(120) == 0
+        finally:
+            process.kill()
+            process.wait()
+    text = (tmp_path / "log").read_text()
+    assert endpoint["address"] in text
+    assert endpoint["secret_path"] in text
+    assert token not in text
+    assert "accord generate" in text
+    assert text.rstrip().endswith("Stopped.")
+    assert "Traceback" not in text
+
+
+def _listens_elsewhere(port: int) -> bool:
+    """Whether anything but 127.0.0.1 answers at the port."""
+    with socket.socket(socket.AF_INET6) as probe:
+        probe.settimeout(2)
+        if probe.connect_ex(("::1", port)) == 0:
+            return True
+    with socket.socket() as probe:
+        probe.settimeout(2)
+        return probe.connect_ex(("127.0.0.2", port)) == 0

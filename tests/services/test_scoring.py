@@ -1,0 +1,55 @@
+"""Scoring several requests together, without Ray."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from accord.prompts import load_grammar
+from services.reward.deployment import Perturbations, ScoreRequest, load_reward, score_all
+
+CLIP = "pkg://accord.shapes/weights/clip"
+
+
+@pytest.fixture(scope="module")
+def perturbations() -> Perturbations:
+    return Perturbations(load_grammar("shapes"), 10)
+
+
+def test_perturbations_are_of_the_grammar_and_say_something_else(perturbations: Perturbations) -> None:
+    others = perturbations.of("two red stars")
+    assert len(others) == 9
+    assert "two red stars" not in others
+    grammar = load_grammar("shapes")
+    assert all(grammar.parse(text) for text in others)
+    assert perturbations.of("Two  red stars") == others
+    assert perturbations.of("a portrait of a dog") == ()
+
+
+def test_requests_scored_together_get_what_they_would_alone(perturbations: Perturbations) -> None:
+    model = load_reward(CLIP)
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    first = ScoreRequest(model.digest, images[:2], ["two red stars", "a dog"], probability=True)
+    second = ScoreRequest(model.digest, images[2:], ["blue circle"])
+    together = score_all([(model, first), (model, second)], perturbations)
+    alone = [score_all([(model, request)], perturbations)[0] for request in (first, second)]
+    for one, other in zip(together, alone, strict=True):
+        assert one.rewards == pytest.approx(other.rewards, abs=1e-5)
+        assert one.similarities == pytest.approx(other.similarities, abs=1e-5)
+    assert together[0].rewards == pytest.approx(
+        model.score(images[:2], ["two red stars", "a dog"]).tolist(), abs=1e-5
+    )
+    known, unknown = together[0].probabilities
+    assert known is not None
+    assert 0 < known < 1
+    assert unknown is None
+    assert together[1].probabilities == [None]
+
+
+def test_a_clip_alone_is_a_reward_that_grows_with_similarity() -> None:
+    model = load_reward(CLIP)
+    images = np.random.default_rng(1).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    texts = ["two red stars", "blue circle"] * 4
+    similarity = (model.encoder.image_features(images) * model.encoder.text_features(texts)).sum(-1)
+    assert model.score(images, texts).argsort().tolist() == similarity.argsort().tolist()
+    assert model.digest == load_reward(CLIP).digest
