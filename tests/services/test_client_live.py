@@ -13,13 +13,13 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.services.deployment import PROMPT, Deployment, eventually
 
 from accord import client as api
 from accord.client import TLS, Client, RetryPolicy
 from tests.client import nginx
 from tests.client.both import Blocking
 from tests.client.certificates import Authority
+from tests.services.deployment import PROMPT, Deployment, eventually
 
 pytestmark = pytest.mark.cluster
 
