@@ -43,3 +43,7 @@ class FeedbackError(AccordError):
 
 class StorageError(AccordError):
     """The disk is full or a quota is reached. Nothing was changed."""
+
+
+class TokenError(AccordError):
+    """A token file that cannot be read or written, or a change to it that makes no sense."""
