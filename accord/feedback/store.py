@@ -6,16 +6,15 @@ once.
 
 import dataclasses
 import datetime
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from sqlalchemy import Column, Connection, Select, Table, and_, func, insert, select
-from sqlalchemy.exc import IntegrityError
 
 from accord.errors import FeedbackError
 from accord.feedback.aggregate import VoteCount, shares_by_category
+from accord.feedback.counting import counted
 from accord.feedback.database import Database
 from accord.feedback.tables import (
     Candidate,
@@ -28,10 +27,7 @@ from accord.feedback.tables import (
 )
 
 _ROWS_PER_QUERY = 500  # SQLite and PostgreSQL bound the number of parameters of a statement
-_ATTEMPTS = 100
 _LISTED = 3  # how many wrong things an error names
-
-T = TypeVar("T")
 
 
 class FeedbackStore:
@@ -79,7 +75,9 @@ class FeedbackStore:
             _check_same_candidate(
                 wanted.setdefault((candidate.image, candidate.prompt), candidate), candidate
             )
-        return self._write(lambda connection: _insert_candidates(connection, wanted)) if wanted else 0
+        return (
+            self._database.write(lambda connection: _insert_candidates(connection, wanted)) if wanted else 0
+        )
 
     def submit(self, new: Iterable[Judgement]) -> int:
         """Store judgements durably, and return how many are new. The same idempotency key counts once.
@@ -94,24 +92,32 @@ class FeedbackStore:
         for judgement in new:
             check_judgement(judgement)
             _check_same_judgement(wanted.setdefault(judgement.idempotency_key, judgement), judgement)
-        return self._write(lambda connection: _insert_judgements(connection, wanted)) if wanted else 0
+        return (
+            self._database.write(lambda connection: _insert_judgements(connection, wanted)) if wanted else 0
+        )
 
     def candidates(self) -> list[Candidate]:
         """All candidates, by image and prompt."""
         with self._database.reading() as connection:
             return _sorted_candidates(connection, _candidates_query())
 
-    def judgements(self) -> list[Judgement]:
-        """All judgements, oldest first; those of one `submit` by their key."""
+    def judgements(self, *, everything: bool = False) -> list[Judgement]:
+        """The judgements that count, oldest first; those of one `submit` by their key.
+
+        Taken back ones, and those of excluded raters, are there too when `everything` is wanted.
+        """
         query = _judgements_query().order_by(judgements.c.id)
+        if not everything:
+            query = query.where(counted())
         with self._database.reading() as connection:
             return [Judgement(**row) for row in connection.execute(query).mappings()]
 
     def pending(self, k: int) -> list[Candidate]:
-        """The candidates with fewer than `k` judgements (a skip is one too), by image and prompt."""
+        """The candidates with fewer than `k` judgements that count (a skip is one), by image and prompt."""
         votes = judgements
         counts = (
             select(votes.c.image, votes.c.prompt, func.count().label("count"))
+            .where(counted())
             .group_by(votes.c.image, votes.c.prompt)
             .subquery()
         )
@@ -123,12 +129,18 @@ class FeedbackStore:
     def vote_counts(self) -> list[VoteCount]:
         """How often each verdict was given to each judged candidate, by image, prompt and verdict.
 
+        Only what counts: not what was taken back, nor what excluded raters said.
         One statement, and so one moment: judgements that arrive meanwhile are in all of it or in none of it.
         """
         votes = judgements
         columns = (votes.c.image, votes.c.prompt, candidates.c.category, candidates.c.split, votes.c.verdict)
         same = and_(votes.c.image == candidates.c.image, votes.c.prompt == candidates.c.prompt)
-        query = select(*columns, func.count().label("count")).join(candidates, same).group_by(*columns)
+        query = (
+            select(*columns, func.count().label("count"))
+            .join(candidates, same)
+            .where(counted())
+            .group_by(*columns)
+        )
         with self._database.reading() as connection:
             found = [VoteCount(**row) for row in connection.execute(query).mappings()]
         # Sorted here: databases differ in how they order text.
@@ -137,19 +149,6 @@ class FeedbackStore:
     def distribution(self) -> dict[str, dict[str, float]]:
         """Shares of good, bad and skip by category and in "total" (Lee et al. 2023, table 2)."""
         return shares_by_category(self.vote_counts())
-
-    def _write(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` in a transaction; again when another writer was faster with the same rows."""
-        for attempt in range(_ATTEMPTS):
-            try:
-                with self._database.writing() as connection:
-                    return work(connection)
-            except IntegrityError:
-                time.sleep(0.001 * min(attempt, 50))
-        raise FeedbackError(
-            f"the feedback store {self._database}: the same rows were written elsewhere {_ATTEMPTS} times in "
-            "a row, or the tables are not those of this version; nothing was stored, try again"
-        )
 
 
 def _insert_candidates(connection: Connection, wanted: Mapping[tuple[str, str], Candidate]) -> int:
