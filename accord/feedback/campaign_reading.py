@@ -66,6 +66,13 @@ def campaigns_of(connection: Connection, number: int | None = None) -> list[Camp
     ]
 
 
+def answered_by(connection: Connection, campaign: Row[Any], rater: str) -> int:
+    """How many answers of this rater's were not taken back."""
+    mine = and_(answers.c.campaign == campaign.number, answers.c.rater == rater, standing())
+    query = select(func.count()).select_from(answers).where(mine)
+    return int(connection.execute(query).scalar_one())
+
+
 def aware(moment: datetime.datetime) -> datetime.datetime:
     """SQLite forgets that a time is UTC."""
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)

@@ -156,3 +156,11 @@ served_images = Table(
     Column("model", String(200), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
 )
+
+used_invites = Table(
+    "used_invites",
+    metadata,
+    Column("invite", String(64), primary_key=True),  # SHA-256 of the link's nonce
+    Column("session", String(64), nullable=False),  # SHA-256 of the id of the session that it opened
+    Column("created_at", DateTime(timezone=True), nullable=False),
+)

@@ -158,6 +158,15 @@ class Campaigns:
         with self._database.reading() as connection:
             return campaign_reading.progress(connection, _find(connection, campaign_id), self._now_ms())
 
+    def answered_by(self, campaign_id: str, rater: str) -> int:
+        """How many answers of this rater's count in the campaign, gold among them.
+
+        Raises:
+            NotFoundError: there is no such campaign.
+        """
+        with self._database.reading() as connection:
+            return campaign_reading.answered_by(connection, _find(connection, campaign_id), rater)
+
     def lease(self, campaign_id: str, rater: str, *, besides: str | None = None) -> Task | None:
         """The task that the rater is to answer now; None when nothing is left for him at the moment.
 

@@ -29,6 +29,10 @@ _EXAMPLES = (
 T = TypeVar("T")
 
 
+class DatabaseError(FeedbackError):
+    """The database does not answer, or refuses. What was asked is not at fault: the same may work later."""
+
+
 class Database:
     """A database whose tables are those of this version. `str(database)` shows no password."""
 
@@ -84,7 +88,7 @@ class Database:
                     return work(connection)
             except IntegrityError:
                 time.sleep(0.001 * min(attempt, 50))
-        raise FeedbackError(
+        raise DatabaseError(
             f"the feedback store {self}: the same rows were written elsewhere {_ATTEMPTS} times in "
             "a row, or the tables are not those of this version; nothing was stored, try again"
         )
@@ -137,10 +141,10 @@ class Database:
             except SQLAlchemyError as error:
                 raise self._error(str(error)) from None
 
-    def _error(self, problem: str) -> FeedbackError:
+    def _error(self, problem: str) -> DatabaseError:
         for secret in self._secrets:
             problem = problem.replace(secret, "***")
-        return FeedbackError(f"the feedback store {self._shown}: {' '.join(problem.split())}")
+        return DatabaseError(f"the feedback store {self._shown}: {' '.join(problem.split())}")
 
 
 def _parse(text: str) -> URL:

@@ -108,6 +108,12 @@ class FeedbackStore:
             self._database.write(lambda connection: _insert_judgements(connection, wanted)) if wanted else 0
         )
 
+    def has_candidate(self, image: str, prompt: str) -> bool:
+        """Whether this image of this prompt is stored."""
+        query = select(candidates.c.id).where(candidates.c.image == image, candidates.c.prompt == prompt)
+        with self._database.reading() as connection:
+            return connection.execute(query).first() is not None
+
     def candidates(self) -> list[Candidate]:
         """All candidates, by image and prompt."""
         with self._database.reading() as connection:
