@@ -43,7 +43,9 @@ def _built(name: str, root: Path) -> str:
 
 def where(manifest: Manifest) -> str:
     """What to call a manifest in a message."""
-    return f"{manifest.get('kind')}/{manifest.get('metadata', {}).get('name')}"
+    metadata = manifest.get("metadata")
+    name = metadata.get("name") if isinstance(metadata, dict) else None
+    return f"{manifest.get('kind')}/{name}"
 
 
 def of_kind(manifests: Sequence[Manifest], kind: str) -> list[Manifest]:
