@@ -79,7 +79,7 @@ def test_seconds_add_up_over_interruptions(tmp_path: Path) -> None:
 def test_seconds_of_a_killed_run_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "HEARTBEAT_S", 0.01)
     with timed(tmp_path, "score"):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not read_seconds(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert "score" in read_seconds(tmp_path)  # before the end, which a kill would take away
