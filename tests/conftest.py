@@ -20,6 +20,7 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process a
 os.environ.setdefault("RAY_local_fs_capacity_threshold", "0.999")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import hypothesis
 import pytest
 import torch
 
@@ -30,6 +31,15 @@ from tests.lanes import missing
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)
+
+# The same examples in every run, and as long for each as a busy machine takes.
+hypothesis.settings.register_profile(
+    "accord",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("accord")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

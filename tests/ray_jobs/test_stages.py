@@ -115,7 +115,7 @@ def test_what_a_later_stage_would_meet_is_an_error_at_once(tmp_path: Path, recip
         (["--set", "evaluator=foo.bar:baz"], "foo.bar"),
     ):
         command = [sys.executable, "-m", "ray_jobs.collect", "--recipe", str(recipe_path), *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 2, done.stderr
         assert message in done.stderr + done.stdout
         assert "Traceback" not in done.stderr
