@@ -36,9 +36,14 @@ app.add_typer(tokens.app, name="token", rich_help_panel="Serving")
 
 def run_job(module: str, arguments: Sequence[str]) -> NoReturn:
     """Becomes `python -m ray_jobs.MODULE`: Ctrl-C, exit status and terminal are the job's own."""
+    run_module(f"ray_jobs.{module}", arguments)
+
+
+def run_module(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Becomes `python -m MODULE`."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", f"ray_jobs.{module}", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
 def demo_recipe() -> Path:
@@ -73,10 +78,15 @@ def _main(
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
 def demo(context: typer.Context) -> None:
-    """The paper's whole loop on the world of shapes, in minutes: images, votes, reward, tuning, report."""
+    """The paper's whole loop on the world of shapes, in minutes: images, votes, reward, tuning, report.
+
+    At its end it serves the models that it made, and asks them over gRPC; with --skip-serving it does not.
+    """
     with errors_shown():
         recipe = demo_recipe()
-    run_job("loop", ["--recipe", str(recipe), *context.args])
+    arguments = [argument for argument in context.args if argument != "--skip-serving"]
+    job = "demo" if arguments == context.args else "loop"
+    run_job(job, ["--recipe", str(recipe), *arguments])
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
@@ -125,6 +135,12 @@ def report(context: typer.Context) -> None:
 def study(context: typer.Context) -> None:
     """Compare ways of training over several seeds, with intervals."""
     run_job("study", context.args)
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="Serving")
+def serve(context: typer.Context) -> None:
+    """Serve scored generations over gRPC on this machine, until Ctrl-C."""
+    run_module("services.local", context.args)
 
 
 class _ScoreCommand(TyperCommand):
