@@ -318,8 +318,8 @@ def _record(desk: Desk, task: Row[Any], leased_ms: int, given: list[str] | str, 
         insert(judgements),
         [
             {
-                "idempotency_key": f"campaign {answer_id}/{number}", "image": image, "prompt": task.prompt,
-                "rater": desk.rater, "verdict": verdict, "created_at": now, "answer_id": answer_id,
+                "idempotency_key": f"{desk.campaign.campaign_id}/{key}/{number}",
+                "image": image, "prompt": task.prompt, "rater": desk.rater, "verdict": verdict, "created_at": now, "answer_id": answer_id,
             }
             for number, (image, verdict) in enumerate(zip(json.loads(task.images), given, strict=True))
         ],
