@@ -14,6 +14,7 @@ from rich.console import Console
 
 import accord
 from accord.errors import AccordError, ConfigError
+from accord.feedback_cli import app as feedback_app
 
 DEMO_RECIPE = Path("recipes") / "sandbox" / "demo.yaml"
 
@@ -29,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog=_EPILOG,
 )
+
+app.add_typer(feedback_app, name="feedback", rich_help_panel="People's judgements")
 
 
 def run_job(module: str, arguments: Sequence[str]) -> NoReturn:
