@@ -13,9 +13,14 @@ import typer
 from typer.core import TyperCommand
 
 import accord
+<<<<<<< HEAD:accord/cli/__init__.py
 from accord.cli import generation, tokens
 from accord.cli.common import errors_shown
 from accord.errors import ConfigError
+=======
+from accord.errors import AccordError, ConfigError
+from accord.feedback_cli import app as feedback_app
+>>>>>>> feedback:accord/cli.py
 
 DEMO_RECIPE = Path("recipes") / "sandbox" / "demo.yaml"
 
@@ -32,6 +37,7 @@ app = typer.Typer(
     epilog=_EPILOG,
 )
 app.add_typer(tokens.app, name="token", rich_help_panel="Serving")
+app.add_typer(feedback_app, name="feedback", rich_help_panel="People's judgements")
 
 
 def run_job(module: str, arguments: Sequence[str]) -> NoReturn:
