@@ -53,7 +53,7 @@ class Desk:
 
     @property
     def expires_ms(self) -> int:
-        return self.now_ms + round(self.campaign.lease_s * 1000)
+        return self.now_ms + round(float(self.campaign.lease_s) * 1000)
 
 
 def sit_down(connection: Connection, campaign: Row[Any], rater: str, now_ms: int) -> Desk:

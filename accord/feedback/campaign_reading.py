@@ -5,6 +5,7 @@ import datetime
 import json
 import statistics
 from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Row, and_, func, select
@@ -14,6 +15,7 @@ from accord.feedback.assignment import task_name
 from accord.feedback.campaign_records import Campaign, Progress, Rater, StoredJudgement, StuckTask
 from accord.feedback.campaign_tables import answers, campaigns, exclusions, places, tasks
 from accord.feedback.counting import counted, standing
+from accord.feedback.quality import Agreement, agreement_by_category, suspected, weigh
 from accord.feedback.tables import candidates, judgements
 
 _STUCK_EXPIRIES = 2
@@ -116,7 +118,27 @@ def progress(connection: Connection, campaign: Row[Any], now_ms: int) -> Progres
         shares=shares_by_category(counts),
         shares_by_prompt=shares_by_category(by_prompt),
         preferences=_preference_shares(preferences(connection, campaign)),
+        agreement=agreement(connection, campaign),
     )
+
+
+def agreement(connection: Connection, campaign: Row[Any]) -> dict[str, Agreement]:
+    """How much raters agree: on images by category, or on comparisons by question."""
+    not_excluded = answers.c.rater.not_in(select(exclusions.c.rater))
+    query = (
+        select(tasks.c.id, tasks.c.category, tasks.c.question, answers.c.rater, answers.c.answer)
+        .join(answers, answers.c.task == tasks.c.id)
+        .where(answers.c.campaign == campaign.number, tasks.c.gold.is_(None), standing(), not_excluded)
+    )
+    said: dict[tuple[int, int], dict[str, str]] = defaultdict(dict)
+    groups: dict[tuple[int, int], str] = {}
+    for task, category, question, rater, text in connection.execute(query):
+        answer = json.loads(text)
+        for place, value in enumerate([answer] if isinstance(answer, str) else answer):
+            if value != "skip":
+                said[task, place][rater] = value
+                groups[task, place] = question or category
+    return agreement_by_category(list(said.values()), [groups[key] for key in said])
 
 
 def votes(connection: Connection, campaign: Row[Any]) -> list[VoteCount]:
@@ -148,7 +170,7 @@ def preferences(connection: Connection, campaign: Row[Any]) -> list[PreferenceCo
         return []
     not_excluded = answers.c.rater.not_in(select(exclusions.c.rater))
     rows = connection.execute(
-        select(tasks, answers.c.answer, func.count().label("count"))
+        select(tasks, answers.c.answer, func.count().label("number"))
         .join(answers, answers.c.task == tasks.c.id)
         .where(tasks.c.campaign == campaign.number, standing(), not_excluded)
         .group_by(tasks.c.id, answers.c.answer)
@@ -159,7 +181,7 @@ def preferences(connection: Connection, campaign: Row[Any]) -> list[PreferenceCo
         answer = json.loads(row.answer)
         if answer != "tie":
             answer = "second" if (answer == "left") == row.swapped else "first"
-        counts[row.item, row.prompt, row.category, row.question][answer] += row.count
+        counts[row.item, row.prompt, row.category, row.question][answer] += row.number
     return [
         PreferenceCount(*key, first=given["first"], second=given["second"], tie=given["tie"])
         for key, given in counts.items()
@@ -212,6 +234,8 @@ def raters(connection: Connection, campaign: Row[Any]) -> list[Rater]:
     seconds: dict[str, list[float]] = defaultdict(list)
     given: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     gold: dict[str, Counter[bool]] = defaultdict(Counter)
+    truth: dict[tuple[str, str], bool] = {}
+    judged: Counter[str] = Counter()
     query = (
         select(
             tasks.c.prompt, tasks.c.images, tasks.c.gold, answers.c.rater, answers.c.answer, answers.c.seconds
@@ -227,14 +251,20 @@ def raters(connection: Connection, campaign: Row[Any]) -> list[Rater]:
         if known is not None:
             pairs = zip(json.loads(known), verdicts, strict=True)
             gold[rater].update(right == said for right, said in pairs if said != "skip")
+            truth.update(
+                ((image, prompt), right == "good")
+                for image, right in zip(json.loads(images), json.loads(known), strict=True)
+            )
         for image, verdict in zip(json.loads(images), verdicts, strict=True):
             if verdict != "skip":
                 given[image, prompt][rater] = verdict
+                judged[rater] += 1
     agree: dict[str, Counter[bool]] = defaultdict(Counter)
     for votes_of in given.values():
         for rater, verdict in votes_of.items():
             others = [other for name, other in votes_of.items() if name != rater]
             agree[rater].update(other == verdict for other in others)
+    reliability = _reliability(given, truth, set(why))
     return [
         Rater(
             rater=name,
@@ -243,13 +273,27 @@ def raters(connection: Connection, campaign: Row[Any]) -> list[Rater]:
             gold_accuracy=_share(gold[name]),
             median_s=statistics.median(seconds[name]),
             agreement=_share(agree[name]),
-            reliability=None,
-            suspected=False,
+            reliability=reliability.get(name),
+            suspected=suspected(reliability.get(name), judged[name], _share(gold[name]), gold[name].total()),
             excluded=name in why,
             reason=why.get(name, ""),
         )
         for name in sorted(seconds)
     ]
+
+
+def _reliability(
+    given: dict[tuple[str, str], dict[str, str]], truth: dict[tuple[str, str], bool], excluded: set[str]
+) -> Mapping[str, float]:
+    """Estimated from the votes of those who are not excluded, where more than one judged the same."""
+    votes_of = {
+        key: {rater: verdict == "good" for rater, verdict in item.items() if rater not in excluded}
+        for key, item in given.items()
+    }
+    shared: dict[Hashable, dict[str, bool]] = {
+        key: item for key, item in votes_of.items() if len(item) > 1 or (item and key in truth)
+    }
+    return weigh(shared, {key: known for key, known in truth.items() if key in shared}).reliability
 
 
 def _share(counts: Counter[bool]) -> float | None:

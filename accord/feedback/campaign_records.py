@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from accord.errors import FeedbackError
+from accord.feedback.quality import Agreement
 from accord.feedback.tables import VERDICTS, check_text
 
 PREFERENCES = ("left", "right", "tie")
@@ -133,6 +134,8 @@ class Progress:
     shares: Mapping[str, Mapping[str, float]]
     shares_by_prompt: Mapping[str, Mapping[str, float]]
     preferences: Mapping[str, Mapping[str, int]]
+    agreement: Mapping[str, Agreement]
+    """By category and in "total"; skips apart."""
 
 
 @dataclasses.dataclass(frozen=True)

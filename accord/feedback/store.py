@@ -6,6 +6,8 @@ once.
 
 import dataclasses
 import datetime
+import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +16,7 @@ from sqlalchemy import Column, Connection, Select, Table, and_, func, insert, se
 
 from accord.errors import FeedbackError
 from accord.feedback.aggregate import VoteCount, shares_by_category
+from accord.feedback.campaign_tables import tasks
 from accord.feedback.counting import counted
 from accord.feedback.database import Database
 from accord.feedback.tables import (
@@ -28,6 +31,15 @@ from accord.feedback.tables import (
 
 _ROWS_PER_QUERY = 500  # SQLite and PostgreSQL bound the number of parameters of a statement
 _LISTED = 3  # how many wrong things an error names
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A judged candidate, and its votes: (rater, verdict)."""
+
+    category: str
+    split: str
+    votes: list[tuple[str, str]]
 
 
 class FeedbackStore:
@@ -151,6 +163,35 @@ class FeedbackStore:
             found = [VoteCount(**row) for row in connection.execute(query).mappings()]
         # Sorted here: databases differ in how they order text.
         return sorted(found, key=lambda row: (row.image, row.prompt, row.verdict))
+
+    def judged(self) -> dict[tuple[str, str], Judged]:
+        """What counts of each judged candidate, ordered by (image, prompt), its votes by rater and verdict.
+
+        One statement, and so one moment, as `vote_counts`.
+        """
+        votes = judgements
+        same = and_(votes.c.image == candidates.c.image, votes.c.prompt == candidates.c.prompt)
+        columns = (votes.c.image, votes.c.prompt, candidates.c.category, candidates.c.split)
+        query = select(*columns, votes.c.rater, votes.c.verdict).join(candidates, same).where(counted())
+        found: dict[tuple[str, str], Judged] = {}
+        with self._database.reading() as connection:
+            streamed = connection.execution_options(yield_per=10_000).execute(query)
+            for image, prompt, category, split, rater, verdict in streamed:
+                item = found.setdefault((image, prompt), Judged(category, split, []))
+                item.votes.append((sys.intern(rater), sys.intern(verdict)))
+        for item in found.values():
+            item.votes.sort()
+        return dict(sorted(found.items()))
+
+    def gold(self) -> dict[tuple[str, str], bool]:
+        """The known answers of gold items, by (image, prompt); True is good. Contradictions are left out."""
+        query = select(tasks.c.prompt, tasks.c.images, tasks.c.gold).where(tasks.c.gold.is_not(None))
+        found: dict[tuple[str, str], set[bool]] = {}
+        with self._database.reading() as connection:
+            for prompt, digests, known in connection.execute(query):
+                for image, verdict in zip(json.loads(digests), json.loads(known), strict=True):
+                    found.setdefault((image, prompt), set()).add(verdict == "good")
+        return {key: truth.pop() for key, truth in found.items() if len(truth) == 1}
 
     def distribution(self) -> dict[str, dict[str, float]]:
         """Shares of good, bad and skip by category and in "total" (Lee et al. 2023, table 2)."""
