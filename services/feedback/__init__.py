@@ -1,1 +1,1 @@
-"""The feedback service: a rating page for people and gRPC for programs, over `accord.feedback`, without Ray."""
+"""The feedback service: a page for people and gRPC for programs, over `accord.feedback`, without Ray."""
