@@ -46,6 +46,7 @@ FreshOption = Annotated[
 def main(name: str) -> None:
     """The command of `ray_jobs.NAME`: its `run(recipe, run_dir)` does the work, its docstring is the help.
 
+    If it has an `afterwards(recipe, run_dir)`, that is called when Ray is left.
     The module is imported anew under its own name: what `__main__` defines could not be sent to a Ray worker.
     """
     module = importlib.import_module(f"ray_jobs.{name}")
@@ -57,9 +58,7 @@ def main(name: str) -> None:
         address: AddressOption = None,
         fresh: FreshOption = False,
     ) -> None:
-        raise typer.Exit(
-            guarded(lambda: _execute(name, module.run, recipe, overrides, run_dir, address, fresh))
-        )
+        raise typer.Exit(guarded(lambda: _execute(name, module, recipe, overrides, run_dir, address, fresh)))
 
     command.__doc__ = module.__doc__
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -69,7 +68,7 @@ def main(name: str) -> None:
 
 def _execute(
     name: str,
-    run: Callable[[Recipe, Path], Any],
+    module: Any,
     recipe: Path,
     overrides: list[str],
     run_dir: Path | None,
@@ -86,7 +85,9 @@ def _execute(
     if fresh:
         stages.start_over(directory, name, settings)
     with cluster.connect(address):
-        run(settings, directory)
+        module.run(settings, directory)
+    if afterwards := getattr(module, "afterwards", None):
+        afterwards(settings, directory)
     return 0
 
 

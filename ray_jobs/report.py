@@ -9,6 +9,7 @@ import pandas as pd
 import yaml
 
 from accord.artifacts import Manifest, code_version, write_file
+from accord.demo import load_served
 from accord.evaluation.plan import BEST_OF, TEST
 from accord.evaluation.report import BestOfCard, Gallery, PairCard, RankedImage, build_report, results_table
 from accord.evaluation.summary import build_summary
@@ -75,7 +76,7 @@ def make_gallery(measured: pd.DataFrame, run_dir: Path) -> Gallery:
                     aligned_success=bool(aligned["success"]),
                 )
             )
-    return Gallery(pairs=pairs, best_of=_strips(measured, run_dir), note=NOTE)
+    return Gallery(pairs, _strips(measured, run_dir), NOTE, load_served(run_dir))
 
 
 def _strips(measured: pd.DataFrame, run_dir: Path) -> list[BestOfCard]:

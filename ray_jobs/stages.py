@@ -138,7 +138,7 @@ def start_over(run_dir: Path, command: str, recipe: Recipe) -> None:
     gave them to a store of this run alone.
     """
     commands = list(OUTPUTS)
-    after = commands if command == "loop" else commands[commands.index(command) :]
+    after = commands if command in ("loop", "demo") else commands[commands.index(command) :]
     for name in (name for later in after for name in OUTPUTS[later]):
         rounds = (run_dir / "train").glob(f"{name}-round-*")
         for path in (run_dir / name, run_dir / "work" / name, run_dir / "train" / name, *rounds):
@@ -152,6 +152,7 @@ def start_over(run_dir: Path, command: str, recipe: Recipe) -> None:
             path.unlink()
     for name in ("report.html", "summary.json"):  # they would describe what is no longer there
         (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "served", ignore_errors=True)
     if run_dir.exists():
         write_json(
             run_dir / "seconds.json",

@@ -63,10 +63,14 @@ def test_each_job_exists(module: str) -> None:
     assert importlib.util.find_spec(f"ray_jobs.{module}") is not None
 
 
-def test_demo_is_the_loop_on_the_demo_s_recipe(executed: list[list[str]]) -> None:
+def test_demo_is_the_loop_and_serving_on_the_demo_s_recipe(executed: list[list[str]]) -> None:
     invoke("demo", "--set", "seed=1")
-    recipe = str(ROOT / "recipes" / "sandbox" / "demo.yaml")
-    assert executed == [[sys.executable, "-m", "ray_jobs.loop", "--recipe", recipe, "--set", "seed=1"]]
+    invoke("demo", "--skip-serving", "--set", "seed=1")
+    options = ["--recipe", str(ROOT / "recipes" / "sandbox" / "demo.yaml"), "--set", "seed=1"]
+    assert executed == [
+        [sys.executable, "-m", "ray_jobs.demo", *options],
+        [sys.executable, "-m", "ray_jobs.loop", *options],
+    ]
 
 
 def test_demo_without_a_checkout_says_what_to_do(

@@ -24,17 +24,29 @@ from accord.errors import ConfigError
 __all__ = [
     "SamplerConfig",
     "decode_latents",
+    "draw_noise",
     "initial_noise",
     "make_scheduler",
     "sample_images",
     "sample_latents",
+    "seeded_generators",
 ]
 
 
 def initial_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     """Standard normal noise_BCHW on the CPU, float32; `shape` is (C, H, W). A sample's noise depends on its
     own seed alone: neither on its batch mates nor on the device."""
-    return _noise(_generators(seeds), shape)
+    return draw_noise(seeded_generators(seeds), shape)
+
+
+def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator on the CPU for each seed: what a sample draws does not depend on its batch mates."""
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
+    """The next standard normal noise_BCHW of each generator, float32; `shape` is (C, H, W)."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def make_scheduler(model: DiffusionModel, config: SamplerConfig) -> Any:
@@ -88,8 +100,8 @@ def sample_latents(
         negative_BTD = encode_prompts(model, [config.negative_prompt]).expand(len(prompts), -1, -1)
         text_BTD = torch.cat([negative_BTD, text_BTD])
     text_BTD = text_BTD.to(model.dtype)
-    generators = _generators(seeds)
-    latents_BCHW: Tensor = _noise(generators, _latent_shape(model, config)).to(model.device)
+    generators = seeded_generators(seeds)
+    latents_BCHW: Tensor = draw_noise(generators, _latent_shape(model, config)).to(model.device)
     latents_BCHW = latents_BCHW * scheduler.init_noise_sigma
     # Only schedulers that draw noise while denoising take generators; each sample draws from its own.
     takes_generators = "generator" in inspect.signature(scheduler.step).parameters
@@ -139,14 +151,6 @@ def sample_images(
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """bfloat16 arithmetic where that is safe, or none."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-
-
-def _noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def _latent_shape(model: DiffusionModel, config: SamplerConfig) -> tuple[int, int, int]:

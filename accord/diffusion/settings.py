@@ -33,6 +33,40 @@ class SamplerConfig(Config):
     """Of the UNet's forward pass (autocast); the scheduler's arithmetic is float32 either way."""
 
 
+class EngineConfig(Config):
+    """How the denoising engine batches, and what bounds its memory."""
+
+    max_batch: int = Field(default=64, ge=2)
+    """UNet samples a step; a sample with guidance counts as two."""
+    max_samples: int = Field(default=256, ge=1)
+    """Samples held: being denoised, or waiting for the VAE. It bounds the memory."""
+    max_queue: int = Field(default=1024, ge=1)
+    """Samples that wait until there is room; one more is refused with EngineFull."""
+    batch_sizes: tuple[int, ...] = ()
+    """UNet batches are padded up to the next of these, so that shapes repeat (torch.compile, CUDA graphs; one
+    size only: the same kernels for every batch). Empty: no padding."""
+    compile: bool = False
+    """Compiles the UNet (torch.compile) for each of batch_sizes. The first step at each size is slow."""
+    decode_batch: int = Field(default=16, ge=1)
+    """Most images that the VAE decodes at once."""
+    text_cache: int = Field(default=4096, ge=1)
+    """Encoded prompts kept for each model; the least recently used goes first."""
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> EngineConfig:
+        if any(size < 1 for size in self.batch_sizes):
+            raise ValueError(f"batch_sizes must be positive, got {list(self.batch_sizes)}")
+        if self.batch_sizes and max(self.batch_sizes) < self.max_batch:
+            raise ValueError(
+                f"the largest of batch_sizes ({max(self.batch_sizes)}) must hold max_batch ({self.max_batch})"
+            )
+        if self.compile and not self.batch_sizes:
+            raise ValueError(
+                "compile needs batch_sizes (say 8, 16, 32, 64), or each new batch size compiles again"
+            )
+        return self
+
+
 class FinetuneConfig(Config):
     """How a model is fine-tuned. The paper states 10,000 steps of AdamW on batches of 256 + 256, but neither
     its beta nor its learning rate."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from accord.evaluation.report import BestOfCard, Gallery, PairCard, RankedImage
+from accord.evaluation.report import BestOfCard, Gallery, PairCard, RankedImage, Served
 
 MODELS = ("base", "control", "aligned")
 SPLITS = ("seen", "unseen_combination", "unseen_object")
@@ -309,7 +309,20 @@ def example_gallery() -> Gallery:
         pairs,
         strips,
         note="The first prompts of each split, with their first seed: none was picked by its result.",
+        served=_served(strips),
     )
+
+
+def _served(strips: list[BestOfCard]) -> Served:
+    """The same pictures, of which only the reward is known."""
+    cards = [
+        BestOfCard(
+            card.prompt, card.model, [RankedImage(png, reward, None) for png, reward, _ in card.ranked]
+        )
+        for card in strips
+    ]
+    command = "accord serve --model runs/demo/aligned --reward-model runs/demo/reward"
+    return Served(cards, "Each answered within 2.1 s. The outlined image is what a client gets.", command)
 
 
 def example_run_info() -> dict[str, Any]:

@@ -14,14 +14,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from accord.errors import ArtifactError
 from accord.evaluation.report import (
     BestOfCard,
     Gallery,
     PairCard,
     RankedImage,
+    Served,
     build_report,
     numbers,
     plots,
+    replace_served,
     results_table,
     tables,
 )
@@ -37,6 +40,7 @@ HEADINGS = [
     "Before and after",
     "In words",
     "Best of many",
+    "Served over gRPC",
     "Alignment against fidelity",
     "Success by split and category",
     "What the raters prefer",
@@ -74,6 +78,22 @@ def test_has_every_section_in_order(html: str) -> None:
     found = [heading for heading in re.findall(r"<h2>([^<]+)</h2>", html) if heading in HEADINGS]
     assert found == HEADINGS
     assert "<h1>What the feedback changed</h1>" in html
+
+
+def test_what_was_served_is_put_in_replaced_and_taken_out_again(html: str) -> None:
+    served = example_gallery().served
+    assert served is not None
+    assert served.command in Page(html).texts
+    without = replace_served(html, None)
+    assert "Served over gRPC" not in without
+    assert replace_served(without, served) == html
+    assert replace_served(html, served) == html
+    other = Served(served.cards[:1], "<b>another</b>", "accord serve")
+    changed = replace_served(html, other)
+    assert "<b>another" not in changed
+    assert changed.count("<h2>Served over gRPC</h2>") == 1
+    with pytest.raises(ArtifactError, match="accord report"):
+        replace_served("<html></html>", served)
 
 
 def test_says_every_sentence_of_the_verdict(html: str) -> None:
@@ -132,7 +152,9 @@ def test_hostile_text_stays_text() -> None:
 def test_every_image_has_words_for_those_who_cannot_see_it(html: str) -> None:
     images = [attributes for tag, attributes in Page(html).elements if tag == "img"]
     gallery = example_gallery()
-    assert len(images) == 2 * len(gallery.pairs) + sum(len(card.ranked) for card in gallery.best_of)
+    assert gallery.served is not None
+    strips = [*gallery.best_of, *gallery.served.cards]
+    assert len(images) == 2 * len(gallery.pairs) + sum(len(card.ranked) for card in strips)
     assert images[0]["alt"] == "Base model, “two red stars”, does not fit the prompt"
     assert (images[0]["width"], images[0]["height"], images[0]["class"]) == ("64", "64", "pixelated")
 
@@ -193,7 +215,7 @@ def test_one_missing_number_is_a_dash_among_the_others() -> None:
 def test_reports_a_real_summary() -> None:
     summary = build_summary(**comparison())
     html = build_report(summary, EMPTY, {"name": "made up"})
-    assert [h for h in HEADINGS if f"<h2>{h}</h2>" not in html] == ["Before and after"]
+    assert [h for h in HEADINGS if f"<h2>{h}</h2>" not in html] == ["Before and after", "Served over gRPC"]
     assert summary["verdict"][0] in Page(html).texts
     assert len(re.findall(r'class="plot"', html)) >= 8
     gain = numbers.points(numbers.estimate(summary, "gain", "aligned", "seen", "overall"))

@@ -7,8 +7,17 @@ The page holds its pictures, plots and styles, asks the network for nothing and 
 security policy says so to the browser. The same input gives the same bytes.
 """
 
-from accord.evaluation.report.gallery import BestOfCard, Gallery, PairCard, RankedImage
-from accord.evaluation.report.page import build_report
+from accord.evaluation.report.gallery import BestOfCard, Gallery, PairCard, RankedImage, Served
+from accord.evaluation.report.page import build_report, replace_served
 from accord.evaluation.report.terminal import results_table
 
-__all__ = ["BestOfCard", "Gallery", "PairCard", "RankedImage", "build_report", "results_table"]
+__all__ = [
+    "BestOfCard",
+    "Gallery",
+    "PairCard",
+    "RankedImage",
+    "Served",
+    "build_report",
+    "replace_served",
+    "results_table",
+]

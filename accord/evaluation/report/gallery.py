@@ -40,9 +40,19 @@ class BestOfCard:
 
 
 @dataclass(frozen=True)
+class Served:
+    """What the run's models answered over gRPC, with a note, and the command that serves them again."""
+
+    cards: list[BestOfCard]
+    note: str
+    command: str
+
+
+@dataclass(frozen=True)
 class Gallery:
     """All pictures of a report. `note` says in a sentence how they were chosen; it is printed beside them."""
 
     pairs: list[PairCard]
     best_of: list[BestOfCard]
     note: str = ""
+    served: Served | None = None

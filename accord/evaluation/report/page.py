@@ -13,8 +13,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from accord.errors import ArtifactError
 from accord.evaluation.report import plots, tables
-from accord.evaluation.report.gallery import BestOfCard, Gallery, PairCard
+from accord.evaluation.report.gallery import BestOfCard, Gallery, PairCard, Served
 from accord.evaluation.report.numbers import DASH, finite, fixed, number, percent
 from accord.evaluation.report.svg import MODELS, SCORERS
 from accord.evaluation.report.words import QUESTIONS, SPLITS
@@ -22,6 +23,7 @@ from accord.evaluation.verdict import compute_verdict
 
 _HERE = Path(__file__).parent
 _PIXELATED_BELOW_PX = 160  # smaller images are enlarged with their pixels kept sharp
+_SERVED_BEGIN, _SERVED_END = "<!-- served: begin -->", "<!-- served: end -->"
 _NAMED_RUN_INFO = ("title", "name", "recipe", "command")
 
 
@@ -61,6 +63,7 @@ def build_report(summary: Mapping[str, Any], gallery: Gallery, run_info: Mapping
         pair_groups=_pair_groups(gallery.pairs),
         gallery_note=gallery.note,
         strips=[_strip(card) for card in gallery.best_of],
+        served=Markup(render_served(gallery.served)),
         plots=_plots(summary),
         splits=SPLITS,
         questions=QUESTIONS,
@@ -92,8 +95,30 @@ def build_report(summary: Mapping[str, Any], gallery: Gallery, run_info: Mapping
     )
 
 
+def render_served(served: Served | None) -> str:
+    """The section on what was served over gRPC; empty when nothing was."""
+    if served is None:
+        return ""
+    return _template("served.html.j2").render(
+        strips=[_strip(card) for card in served.cards], note=served.note, command=served.command
+    )
+
+
+def replace_served(html: str, served: Served | None) -> str:
+    """A report with its section on what was served replaced by this one; the same again changes nothing.
+
+    Raises:
+        ArtifactError: the page has no place for it.
+    """
+    before, begin, rest = html.partition(_SERVED_BEGIN)
+    _, end, after = rest.partition(_SERVED_END)
+    if not begin or not end:
+        raise ArtifactError("the report has no place for what was served: make it anew with `accord report`")
+    return before + begin + render_served(served) + end + after
+
+
 @cache
-def _template() -> Template:
+def _template(name: str = "template.html.j2") -> Template:
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
@@ -101,7 +126,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("template.html.j2")
+    return environment.get_template(name)
 
 
 def _plots(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
+from typer.core import TyperCommand
 
 import accord
-from accord.errors import AccordError, ConfigError
+from accord.cli import generation, tokens
+from accord.cli.common import errors_shown
+from accord.errors import ConfigError
 
 DEMO_RECIPE = Path("recipes") / "sandbox" / "demo.yaml"
 
@@ -29,13 +31,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog=_EPILOG,
 )
+app.add_typer(tokens.app, name="token", rich_help_panel="Serving")
 
 
 def run_job(module: str, arguments: Sequence[str]) -> NoReturn:
     """Becomes `python -m ray_jobs.MODULE`: Ctrl-C, exit status and terminal are the job's own."""
+    run_module(f"ray_jobs.{module}", arguments)
+
+
+def run_module(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Becomes `python -m MODULE`."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", f"ray_jobs.{module}", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
 def demo_recipe() -> Path:
@@ -70,13 +78,15 @@ def _main(
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
 def demo(context: typer.Context) -> None:
-    """The paper's whole loop on the world of shapes, in minutes: images, votes, reward, tuning, report."""
-    try:
+    """The paper's whole loop on the world of shapes, in minutes: images, votes, reward, tuning, report.
+
+    At its end it serves the models that it made, and asks them over gRPC; with --skip-serving it does not.
+    """
+    with errors_shown():
         recipe = demo_recipe()
-    except AccordError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {error}", highlight=False)
-        raise typer.Exit(2) from None
-    run_job("loop", ["--recipe", str(recipe), *context.args])
+    arguments = [argument for argument in context.args if argument != "--skip-serving"]
+    job = "demo" if arguments == context.args else "loop"
+    run_job(job, ["--recipe", str(recipe), *arguments])
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
@@ -104,12 +114,6 @@ def learn_reward(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
-def score(context: typer.Context) -> None:
-    """Score all collected images with the reward model."""
-    run_job("score", context.args)
-
-
-@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
 def finetune(context: typer.Context) -> None:
     """Fine-tune the diffusion model by reward-weighted likelihood (the paper's stage 3)."""
     run_job("finetune", context.args)
@@ -133,11 +137,28 @@ def study(context: typer.Context) -> None:
     run_job("study", context.args)
 
 
+@app.command(context_settings=_PASS_ON, rich_help_panel="Serving")
+def serve(context: typer.Context) -> None:
+    """Serve scored generations over gRPC on this machine, until Ctrl-C."""
+    run_module("services.local", context.args)
+
+
+class _ScoreCommand(TyperCommand):
+    """`accord score --recipe ...` is the stage of a run; without a recipe, a gateway is asked."""
+
+    # Untyped: typer's own contexts are click's in some of its versions, and its own in others.
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if any(argument.split("=")[0] == "--recipe" for argument in args):
+            run_job("score", args)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+app.command(rich_help_panel="Serving")(generation.generate)
+app.command(rich_help_panel="Serving", cls=_ScoreCommand)(generation.score)
+app.command(rich_help_panel="Serving")(generation.replay)
+
+
 @app.command("pretrain-shapes", context_settings=_PASS_ON, rich_help_panel="Making the sandbox")
 def pretrain_shapes(context: typer.Context) -> None:
     """Make the weights of the world of shapes from nothing."""
     run_job("pretrain_shapes", context.args)
-
-
-if __name__ == "__main__":
-    app()

@@ -1,0 +1,1 @@
+"""The gRPC surface: the ingress deployment of the application, on CPUs."""

@@ -1,0 +1,1 @@
+"""The deployment that draws images: accord.diffusion.engine on Ray Serve."""

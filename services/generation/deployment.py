@@ -1,0 +1,191 @@
+"""The denoising engine as a deployment: one call draws one candidate."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from accord.config import resolve_path, validate
+from accord.diffusion.engine import Engine, EngineConfig, EngineFull, SampleSpec, Ticket
+from accord.diffusion.model import DiffusionModel, load_diffusion_model
+from accord.errors import ConfigError
+from services.config import GenerationSettings
+from services.metrics import EngineMetrics
+from services.models import Catalogue, Missing, Shelf, as_table
+
+PROGRESS_S = 0.2
+HOUSEKEEPING_S = 1.0
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """One candidate. The same request gives the same image on every replica; height and width in pixels."""
+
+    digest: str
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    scheduler: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """uint8 pixels (HWC)."""
+
+    image: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Denoising steps done so far."""
+
+    done: int
+
+
+@dataclass(frozen=True)
+class Busy:
+    """The engine's queue is full: ask again, or another replica."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What the engine cannot draw, whoever asks; `message` is fit for clients."""
+
+    message: str
+
+
+Outcome = Drawn | Missing | Busy | Refused
+
+
+class Generation:
+    """A replica. `settings` is a dumped GenerationSettings."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import torch
+
+        self._settings = GenerationSettings.model_validate(settings)
+        engine = self._settings.engine
+        torch.set_num_threads(engine.threads)
+        config = validate(EngineConfig, dict(engine.options), "generation.engine.options")
+        self._engine = Engine(config, device=engine.device, dtype=getattr(torch, engine.dtype))
+        self._shelf: Shelf[DiffusionModel] = Shelf(
+            load_model,
+            lambda model: model.digest,
+            ThreadPoolExecutor(1, "model loader"),
+            engine.retire_after_s,
+            opened=lambda model: self._engine.load(model.digest, model),
+            closed=lambda model: self._engine.unload(model.digest),
+            describe=sizes,
+        )
+        self._metrics = EngineMetrics()
+        self._reported: dict[str, float] = {}
+        self._keeping: asyncio.Task[None] | None = None
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        await self._shelf.apply(as_table(user_config))
+        if self._keeping is None:
+            self._keeping = asyncio.create_task(self._housekeeping())
+
+    async def catalogue(self) -> Catalogue:
+        return self._shelf.catalogue()
+
+    async def draw(self, request: DrawRequest) -> Outcome:
+        """Cancelling the call frees the engine's slot within one step."""
+        with self._shelf.use(request.digest) as model:
+            if model is None:
+                return Missing(request.digest)
+            ticket = self._submit(request)
+            if not isinstance(ticket, Ticket):
+                return ticket
+            try:
+                return Drawn(await asyncio.wrap_future(ticket.future))
+            finally:
+                ticket.cancel()
+
+    async def draw_watched(self, request: DrawRequest) -> AsyncIterator[Steps | Outcome]:
+        """The same, with the steps done about five times a second; the outcome comes last."""
+        with self._shelf.use(request.digest) as model:
+            if model is None:
+                yield Missing(request.digest)
+                return
+            ticket = self._submit(request)
+            if not isinstance(ticket, Ticket):
+                yield ticket
+                return
+            told = 0
+            try:
+                future = asyncio.wrap_future(ticket.future)
+                while not future.done():
+                    await asyncio.wait([future], timeout=PROGRESS_S)
+                    if not future.done() and ticket.steps_done != told:
+                        told = ticket.steps_done
+                        yield Steps(told)
+                yield Drawn(await future)
+            finally:
+                ticket.cancel()
+
+    async def stats(self) -> dict[str, float]:
+        """The engine's counters, and this replica's process id."""
+        return {**asdict(self._engine.stats()), "process_id": os.getpid()}
+
+    async def settled(self) -> None:
+        """Returns when the models that were last asked for are loaded."""
+        await self._shelf.settled()
+
+    async def check_health(self) -> None:
+        if not self._engine.healthy:
+            raise RuntimeError("the denoising engine has ended")
+
+    def _submit(self, request: DrawRequest) -> Ticket | Busy | Refused:
+        values = asdict(request)
+        try:
+            return self._engine.submit(SampleSpec(model=values.pop("digest"), **values))
+        except EngineFull:
+            return Busy()
+        except ConfigError as error:
+            return Refused(str(error))
+
+    async def _housekeeping(self) -> None:
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            await self._shelf.sweep()
+            self._report()
+
+    def _report(self) -> None:
+        stats = asdict(self._engine.stats())
+        grown = {key: value - self._reported.get(key, 0) for key, value in stats.items()}
+        self._reported = stats
+        for key, counter in self._metrics.counters.items():
+            if grown[key] > 0:
+                counter.inc(grown[key])
+        self._metrics.in_flight.set(stats["in_flight"])
+        self._metrics.queued.set(stats["queued"])
+        if grown["row_slots"] > 0:
+            self._metrics.occupancy.set(grown["rows"] / grown["row_slots"])
+        if grown["steps"] > 0:
+            self._metrics.step.set(grown["step_seconds"] / grown["steps"])
+        if grown["begun"] > 0:
+            self._metrics.queue.set(grown["queue_seconds"] / grown["begun"])
+
+
+def load_model(directory: str) -> DiffusionModel:
+    """On the CPU: the engine moves it to its device."""
+    return load_diffusion_model(resolve_path(directory))
+
+
+def sizes(model: DiffusionModel) -> dict[str, int]:
+    """The size of a request that names none, and the grid: a size that the UNet's levels can halve."""
+    height, width = model.default_size
+    levels = len(model.unet.config.block_out_channels)
+    return {"multiple": model.vae_scale_factor * 2 ** (levels - 1), "height": height, "width": width}

@@ -1,0 +1,1 @@
+"""The deployment that scores images: accord.reward on Ray Serve."""

@@ -1,0 +1,192 @@
+"""r(image, prompt) as a deployment: requests are batched, and one thread uses the model."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+
+from accord.artifacts import content_digest
+from accord.config import resolve_path
+from accord.errors import PromptError
+from accord.prompts import Grammar, load_grammar
+from accord.reward import features
+from accord.reward.features import ClipEncoder
+from accord.reward.head import RewardHead
+from accord.reward.model import KIND, RewardModel
+from services.config import RewardSettings
+from services.metrics import RewardMetrics
+from services.models import Catalogue, Missing, Shelf, as_table
+
+Pixels = NDArray[np.uint8]
+SWEEP_S = 1.0
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Images (HWC, any sizes) with the prompt of each, to be scored by the model of this digest."""
+
+    digest: str
+    images: Sequence[Pixels]
+    prompts: Sequence[str]
+    probability: bool = False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One number a pair; a probability is None when the prompt has no perturbations."""
+
+    rewards: list[float]
+    similarities: list[float]
+    probabilities: list[float | None]
+
+
+class Reward:
+    """A replica. `settings` is a dumped RewardSettings."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import torch
+
+        self._settings = RewardSettings.model_validate(settings)
+        torch.set_num_threads(self._settings.threads)
+        self._worker = ThreadPoolExecutor(1, "reward")
+        self._loader = ThreadPoolExecutor(1, "reward loader")
+        self._grammar = load_grammar(self._settings.grammar)
+        self._shelf: Shelf[RewardModel] = Shelf(
+            functools.partial(load_reward, device=self._settings.device),
+            lambda model: model.digest,
+            self._loader,
+            self._settings.retire_after_s,
+        )
+        batch: Any = self._score_batch
+        batch.set_max_batch_size(self._settings.max_batch_size)
+        batch.set_batch_wait_timeout_s(self._settings.batch_wait_s)
+        self._sweeping: asyncio.Task[None] | None = None
+        self._metrics = RewardMetrics()
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        await self._shelf.apply(as_table(user_config))
+        if self._sweeping is None:
+            self._sweeping = asyncio.create_task(self._sweep())
+
+    async def catalogue(self) -> Catalogue:
+        return self._shelf.catalogue()
+
+    async def score(self, request: ScoreRequest) -> Scores | Missing:
+        with self._shelf.use(request.digest) as model:
+            if model is None:
+                return Missing(request.digest)
+            result: Scores = await self._score_batch((model, request))
+            return result
+
+    async def process_id(self) -> int:
+        """Of this replica, for operators and for tests that kill it."""
+        return os.getpid()
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
+    async def _score_batch(self, items: list[tuple[RewardModel, ScoreRequest]]) -> list[Scores]:
+        begun, count = time.monotonic(), sum(len(request.images) for _, request in items)
+        scores = await asyncio.get_running_loop().run_in_executor(
+            self._worker, score_all, items, self._grammar, self._settings.num_prompts
+        )
+        self._metrics.images.inc(count)
+        self._metrics.batch.observe(count)
+        self._metrics.seconds.observe(time.monotonic() - begun)
+        return scores
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            await self._shelf.sweep()
+
+
+def load_reward(directory: str, device: str = "cpu") -> RewardModel:
+    """A reward model's directory; or that of a CLIP, with an adapter that has learned nothing: a reward that
+    grows with the similarity of image and prompt."""
+    path: Path = resolve_path(directory)
+    if not (path / features.CONFIG_NAME).is_file():
+        return RewardModel.load(path, device=device)
+    encoder = ClipEncoder(directory, device)
+    head = RewardHead(encoder.dim, combine="adapter")
+    return RewardModel(head, encoder, digest=content_digest(KIND, {"clip": encoder.digest}))
+
+
+def score_all(
+    items: Sequence[tuple[RewardModel, ScoreRequest]], grammar: Grammar, num_prompts: int
+) -> list[Scores]:
+    """Scores of all requests; those of one model go through it together."""
+    scores: dict[int, Scores] = {}
+    for digest in dict.fromkeys(request.digest for _, request in items):
+        rows = [row for row, (_, request) in enumerate(items) if request.digest == digest]
+        model = items[rows[0]][0]
+        images = [image for row in rows for image in items[row][1].images]
+        prompts = [prompt for row in rows for prompt in items[row][1].prompts]
+        asked = [items[row][1].probability for row in rows for _ in items[row][1].prompts]
+        whole = _score(model, images, prompts, asked, grammar, num_prompts)
+        start = 0
+        for row in rows:
+            end = start + len(items[row][1].images)
+            scores[row] = Scores(
+                whole.rewards[start:end], whole.similarities[start:end], whole.probabilities[start:end]
+            )
+            start = end
+    return [scores[row] for row in range(len(items))]
+
+
+def _score(
+    model: RewardModel,
+    images: Sequence[Pixels],
+    prompts: Sequence[str],
+    asked: Sequence[bool],
+    grammar: Grammar,
+    num_prompts: int,
+) -> Scores:
+    image_BD = model.encoder.image_features(images)
+    others = {prompt: perturbed(grammar, prompt, num_prompts) for prompt in dict.fromkeys(prompts)}
+    wanted = {prompt for prompt, want in zip(prompts, asked, strict=True) if want}
+    texts = features.unique([*others, *(text for prompt in wanted for text in others[prompt])])
+    rows = {text: row for row, text in enumerate(texts)}
+    text_KD = model.encoder.text_features(texts)
+    text_BD = text_KD[[rows[prompt] for prompt in prompts]]
+    rewards = model.score_features(image_BD, text_BD).cpu().tolist()
+    similarities = (image_BD * text_BD).sum(-1).clamp(-1, 1).cpu().tolist()
+    probabilities: list[float | None] = [None] * len(prompts)
+    for index, (prompt, want) in enumerate(zip(prompts, asked, strict=True)):
+        if want and others[prompt]:
+            text_1ND = text_KD[[rows[text] for text in (prompt, *others[prompt])]][None]
+            probabilities[index] = float(model.classify(image_BD[index : index + 1], text_1ND)[0, 0])
+    return Scores(rewards, similarities, probabilities)
+
+
+@functools.lru_cache(maxsize=4096)
+def _perturbed(grammar_id: int, text: str, count: int) -> tuple[str, ...]:
+    grammar = _GRAMMARS[grammar_id]
+    try:
+        prompt = grammar.parse(text)
+    except PromptError:
+        return ()
+    for wanted in range(count - 1, 0, -1):
+        try:
+            return tuple(other.text for other in grammar.perturb(prompt, wanted, seed=0))
+        except PromptError:
+            continue
+    return ()
+
+
+_GRAMMARS: dict[int, Grammar] = {}
+
+
+def perturbed(grammar: Grammar, text: str, count: int) -> tuple[str, ...]:
+    """Up to count - 1 prompts that say something else than `text`; none for a text outside the grammar."""
+    _GRAMMARS[id(grammar)] = grammar
+    return _perturbed(id(grammar), text, count)

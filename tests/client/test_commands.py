@@ -1,0 +1,196 @@
+"""`accord generate`, `score` and `replay` against the server that plays faults."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from accord import cli
+from accord.cli.contact_sheet import Cell, contact_sheet
+from tests.client import server
+from tests.client.certificates import Authority
+from tests.client.server import ACTOR_DIED, Fault, Faulty, rich_fault
+from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _settings(monkeypatch: pytest.MonkeyPatch, faulty: Faulty, tmp_path: Path) -> None:
+    monkeypatch.setenv("ACCORD_ENDPOINT", faulty.target)
+    monkeypatch.setenv("ACCORD_TOKEN", server.TOKEN)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, arguments)
+
+
+def test_generate_writes_images_sheet_and_manifest(faulty: Faulty, tmp_path: Path) -> None:
+    faulty.faults = [Fault(grpc.StatusCode.INTERNAL, ACTOR_DIED, after=4)]
+    done = invoke(
+        "generate", "two red stars", "-n", "2", "--candidates", "6", "--seed", "9", "-o", "out/stars"
+    )
+    assert done.exit_code == 0, done.output
+    out = tmp_path / "out" / "stars"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "01.png", "02.png", "contact-sheet.png", "manifest.json",
+    ]  # fmt: skip
+    assert np.asarray(Image.open(out / "01.png"))[0, 0, 0] == 60
+    known = json.loads((out / "manifest.json").read_text())
+    assert (known["seed"], known["candidates"], known["finish_reason"]) == ("9", 6, "completed")
+    assert [image["file"] for image in known["images"]] == ["01.png", "02.png"]
+    assert known["images"][0]["manifest"]["candidate"] == 5
+    assert re.search(r"1 +0\.857 +0\.000 +out/stars/01\.png", done.stdout)
+    assert "Best 2 of 6 in 1.5 s (completed), seed 9" in done.stderr
+    with Image.open(out / "contact-sheet.png") as sheet:
+        assert sheet.width > 500
+
+
+def test_options_reach_the_server(faulty: Faulty) -> None:
+    done = invoke(
+        "generate", "x", "--steps", "5", "--guidance-scale", "0", "--scheduler", "unipc", "--format", "webp",
+        "--width", "64", "--accept-reward", "0.5", "--time-budget", "2", "--negative-prompt", "n",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    spec = faulty.requests[0].spec
+    assert (spec.steps, spec.guidance_scale, spec.scheduler, spec.image_format) == (5, 0.0, 4, 3)
+    assert (spec.width, spec.height, spec.negative_prompt) == (64, 0, "n")
+    assert (spec.accept_reward, spec.time_budget.seconds) == (0.5, 2)
+
+
+def test_replay_takes_a_png_or_a_manifest(faulty: Faulty, tmp_path: Path) -> None:
+    invoke("generate", "x", "-n", "2", "--candidates", "3", "--seed", "9")
+    asked = []
+    for arguments in (["out/01.png"], ["out/manifest.json"], ["out/manifest.json", "--rank", "2"]):
+        done = invoke("replay", *arguments, "-o", "again.png")
+        assert done.exit_code == 0, done.output
+        asked.append(faulty.requests[-1].manifest.candidate)
+    assert asked == [2, 2, 1]
+    assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
+    single = json.loads(Path("out/manifest.json").read_text())["images"][0]["manifest"]
+    Path("single.json").write_text(json.dumps(single))
+    assert invoke("replay", "single.json", "-o", "again.webp").exit_code == 0
+    assert faulty.requests[-1].image_format == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "words"),
+    [
+        (b"GIF89a", [], "neither a PNG nor JSON"),
+        (b'{"images": [{"rank": 1}]}', ["--rank", "3"], "no image of rank 3; it has 1"),
+        (b'{"images": [{"rank": 1}]}', [], "no manifest"),
+        (b'{"a": 1}', [], "names no model_digest"),
+        (b"[" * 100_000, [], "neither"),
+    ],
+)
+def test_replay_of_something_else_says_what_was_expected(
+    content: bytes, arguments: list[str], words: str
+) -> None:
+    Path("source").write_bytes(content)
+    done = invoke("replay", "source", "-o", "again.png", *arguments)
+    assert done.exit_code == 2
+    assert words in done.stderr
+
+
+def test_score_prints_a_table_best_first(faulty: Faulty) -> None:
+    Path("a.png").write_bytes(b"1")
+    invoke("generate", "a prompt of its own")
+    done = invoke("score", "a.png", "out/01.png", "--prompt", "a star", "--prompt", "stars")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"a\.png +a star +0\.500 +0\.010 +0\.250", done.stdout)
+    assert re.search(r"a\.png +stars +0\.500 +0\.010 +-", done.stdout)
+    assert len(done.stdout.splitlines()) == 5
+    assert "a prompt of its own" in invoke("score", "out/01.png").stdout
+    without = invoke("score", "a.png")
+    assert without.exit_code == 2
+    assert "--prompt" in without.stderr
+
+
+def test_score_with_a_recipe_is_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Executed(Exception):  # noqa: N818 (no error: execv ends this program)
+        pass
+
+    def execv(path: str, arguments: list[str]) -> None:
+        raise Executed(arguments)
+
+    monkeypatch.setattr(cli.os, "execv", execv)
+    for arguments in (["--recipe", "r.yaml", "--set", "a=1"], ["--recipe=r.yaml"]):
+        done = invoke("score", *arguments)
+        assert done.exception.args[0][1:] == ["-m", "ray_jobs.score", *arguments]
+
+
+def test_failures_teach_and_have_an_exit_status_each(
+    faulty: Faulty, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    faulty.faults = [rich_fault(grpc.StatusCode.NOT_FOUND, "no model [x]", "MODEL_NOT_FOUND")]
+    assert_fails(2, "Error: no model [x]")
+    faulty.faults = [rich_fault(grpc.StatusCode.INTERNAL, "see the log", "INTERNAL_ERROR")]
+    assert_fails(1, "see the log")
+    monkeypatch.setenv("ACCORD_TOKEN", "wrong")
+    assert_fails(3, "does not know this token")
+    monkeypatch.delenv("ACCORD_TOKEN")
+    assert_fails(3, "set ACCORD_TOKEN")
+    Path("file").touch()
+    assert_fails(2, "file is a file", "-o", "file")
+    assert_fails(2, "cannot read a token", "--token-file", "none")
+    authority = Authority(tmp_path / "authority")
+    assert_fails(3, "no TLS", "--ca-file", str(authority.file))
+    with server.serve() as gone:
+        pass
+    assert_fails(4, "no server answers", "--endpoint", gone.target)
+    assert not Path("out").exists()
+
+
+def assert_fails(status: int, words: str, *options: str) -> None:
+    done = invoke("generate", "x", *options)
+    assert (done.exit_code, words in done.stderr) == (status, True), done.output
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_stops_the_server_s_work_and_writes_nothing(faulty: Faulty, tmp_path: Path) -> None:
+    faulty.delay_s = 0.1
+    process = subprocess.Popen(
+        [sys.executable, "-m", "accord.cli", "generate", "x", "--candidates", "200"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert faulty.asked.wait(60)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "Stopped." in said
+    assert "Traceback" not in said
+    assert faulty.cancelled.wait(60)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_contact_sheet_frames_what_was_chosen() -> None:
+    red = np.full((16, 16, 3), (200, 0, 0), np.uint8)
+    for count in (1, 4, 16, 50):
+        cells = [Cell(red, 0.9, True), *[Cell(red, 0.1, False)] * (count - 1)]
+        sheet = np.asarray(contact_sheet(cells, "a long prompt " * 20, "seed 1"))
+        assert np.any(np.all(sheet == (21, 128, 61), axis=2))
+        reds = int(np.all(sheet == (200, 0, 0), axis=2).sum())
+        assert reds == count * 192 * 192  # none is covered by another
+    wide = np.zeros((400, 800, 3), np.uint8)
+    buffer = io.BytesIO()
+    contact_sheet([Cell(wide, 1.5, False)], "", "").save(buffer, "PNG")
+    assert buffer.tell() > 0
