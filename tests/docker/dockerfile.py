@@ -67,7 +67,7 @@ def problems(text: str, root: Path) -> Iterator[str]:
 
 def _image_problems(name: str, chain: list[Stage]) -> Iterator[str]:
     users = [user for stage in chain for user in stage.all("USER")]
-    if not users or users[-1] != USER or chain[-1].steps[-1][0] == "USER" and users[-1] != USER:
+    if not users or users[-1] != USER or (chain[-1].steps[-1][0] == "USER" and users[-1] != USER):
         yield f"{name}: its user is {users[-1:] or 'root'}, not {USER}"
     labels = " ".join(rest for stage in chain for rest in stage.all("LABEL"))
     for label in ("title", "description", "version", "revision"):

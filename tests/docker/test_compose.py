@@ -23,7 +23,9 @@ def problems(compose: Compose) -> Iterator[str]:
     for name, service in compose["services"].items():
         if service.get("read_only") is not True:
             yield f"{name}: the root file system can be written to"
-        if service.get("cap_drop") != ["ALL"] or "no-new-privileges:true" not in service.get("security_opt", []):
+        if service.get("cap_drop") != ["ALL"] or "no-new-privileges:true" not in service.get(
+            "security_opt", []
+        ):
             yield f"{name}: keeps privileges"
         if "mem_limit" not in service or "pids_limit" not in service:
             yield f"{name}: no limit of memory or processes"
@@ -140,5 +142,7 @@ def test_prometheus_reads_its_config(tmp_path: Path) -> None:
     rules = FOLDER.parent / "k8s" / "components" / "monitoring" / "prometheus-rules.yaml"
     config = tmp_path / "prometheus.yaml"
     config.write_text(text.replace("/etc/prometheus/rules.yaml", str(rules)), encoding="utf-8")
-    done = subprocess.run([promtool(), "check", "config", config], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [promtool(), "check", "config", config], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

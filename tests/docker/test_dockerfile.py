@@ -8,12 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -91,7 +91,9 @@ def test_every_package_of_ours_is_in_the_images() -> None:
         assert packages <= copied, stage
 
 
-@pytest.mark.parametrize(("image", "owner"), [("serve", "RayService/accord gateway"), ("feedback", "Deployment/feedback")])
+@pytest.mark.parametrize(
+    ("image", "owner"), [("serve", "RayService/accord gateway"), ("feedback", "Deployment/feedback")]
+)
 def test_ports_are_those_of_the_manifests(image: str, owner: str) -> None:
     exposed = {int(port) for rest in parse(TEXT)[1][image].all("EXPOSE") for port in rest.split()}
     pod = next(pod for pod in pods(build("base")) if pod.owner == owner)

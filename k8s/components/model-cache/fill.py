@@ -1,7 +1,7 @@
-"""Copies model directories to a disk: python fill.py TARGET, with MODELS_SOURCE (a URI) and MODELS (their names).
+"""Copies model directories to a disk: python fill.py TARGET; MODELS_SOURCE is a URI, MODELS their names.
 
-A directory appears under its name only when it is complete; what is there already is left alone, so a second run
-costs nothing. Only safetensors and text are copied: weights in formats that can run code are refused.
+A directory appears under its name only when it is complete; what is there already is left alone, so a second
+run costs nothing. Weights in formats that can run code are refused.
 """
 
 import os
@@ -27,14 +27,16 @@ def fill(source_uri: str, names: list[str], target: Path) -> None:
         entries = source.get_file_info(fs.FileSelector(base, recursive=True))
         files = [entry for entry in entries if entry.type == fs.FileType.File]
         if not files:
-            sys.exit(f"{source_uri}/{name} has no files: correct MODELS_SOURCE or MODELS in the ConfigMap accord-models")
+            sys.exit(f"{source_uri}/{name} has no files: correct the ConfigMap accord-models")
         refused = [entry.path for entry in files if entry.path.lower().endswith(REFUSED)]
         if refused:
-            sys.exit(f"{refused[0]} may hold code: convert it to safetensors and remove it from {source_uri}/{name}")
+            sys.exit(f"{refused[0]} may hold code: put safetensors in its place")
         for number, entry in enumerate(files, 1):
             to = partial / os.path.relpath(entry.path, base)
             to.parent.mkdir(parents=True, exist_ok=True)
-            fs.copy_files(entry.path, str(to), source_filesystem=source, destination_filesystem=fs.LocalFileSystem())
+            fs.copy_files(
+                entry.path, str(to), source_filesystem=source, destination_filesystem=fs.LocalFileSystem()
+            )
             print(f"{name}: {number} of {len(files)} files, {entry.size / 1e6:.1f} MB", flush=True)
         partial.rename(final)
 
