@@ -64,14 +64,8 @@ def postgres() -> Iterator[PostgresServer]:
         login = ("--username=accord", "--auth=scram-sha-256", f"--pwfile={password_file}")
         run(f"{binaries}/initdb", f"--pgdata={data}", *login, "--encoding=UTF8", "--locale=C", "--no-sync")
         options = f"-k {directory} -c listen_addresses='' -c fsync=off"
-        run(
-            f"{binaries}/pg_ctl",
-            "start",
-            "--wait",
-            "--timeout=300",
-            f"--pgdata={data}",
-            f"--options={options}",
-        )
+        wait = ("--wait", "--timeout=300")
+        run(f"{binaries}/pg_ctl", "start", *wait, f"--pgdata={data}", f"--options={options}")
         try:
             yield PostgresServer(directory)
         finally:

@@ -45,15 +45,16 @@ def files(run_dir: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for name in names for path in (run_dir / name).rglob("*.*")}
 
 
+LOCAL = ["ray.local=true"]
+
+
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, model: Path, clip: Path, ray_cluster: RayConfig
-) -> Path:
-    """The directory of a recipe whose loop has ended, in `run`."""
+def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, clip: Path) -> Path:
+    """The directory of a recipe whose loop has ended without Ray, in `run`."""
     from tests.ray_jobs.world import write_recipe
 
     directory = tmp_path_factory.mktemp("loop")
-    recipe = load_recipe(write_recipe(directory, model, clip))
+    recipe = load_recipe(write_recipe(directory, model, clip), LOCAL)
     loop.run(recipe, directory / "run")
     return directory
 
@@ -84,9 +85,6 @@ def test_a_changed_recipe_is_refused_by_its_key(finished: Path) -> None:
         loop.run(load_recipe(finished / "recipe.yaml", ["finetune.learning_rate=0.002"]), finished / "run")
 
 
-LOCAL = ["ray.local=true"]
-
-
 @pytest.mark.parametrize(
     ("moment", "changes"),
     [
@@ -96,9 +94,9 @@ LOCAL = ["ray.local=true"]
     ],
 )
 def test_killed_and_continued_it_ends_with_the_same_numbers(
-    finished: Path, root: Path, moment: str, changes: list[str]
+    finished: Path, root: Path, ray_cluster: RayConfig, moment: str, changes: list[str]
 ) -> None:
-    """With Ray and without it: the numbers are those of a loop on Ray that nobody stopped."""
+    """With Ray and without it: the numbers are those of a loop that nobody stopped."""
     run_dir = finished / moment.split("/")[1]
     options = ["--recipe", str(finished / "recipe.yaml"), "--run-dir", str(run_dir)]
     options += [part for change in changes for part in ("--set", change)]
