@@ -13,14 +13,10 @@ import typer
 from typer.core import TyperCommand
 
 import accord
-<<<<<<< HEAD:accord/cli/__init__.py
 from accord.cli import generation, tokens
 from accord.cli.common import errors_shown
 from accord.errors import ConfigError
-=======
-from accord.errors import AccordError, ConfigError
 from accord.feedback_cli import app as feedback_app
->>>>>>> feedback:accord/cli.py
 
 DEMO_RECIPE = Path("recipes") / "sandbox" / "demo.yaml"
 
