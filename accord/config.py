@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import importlib.util
+import os
 import re
 import types
 import typing
@@ -16,6 +17,7 @@ import yaml
 from accord.errors import ConfigError
 
 PACKAGE_SCHEME = "pkg://"
+ENVIRONMENT_SCHEME = "env:"
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -108,6 +110,20 @@ def resolve_path(uri: str | Path) -> Path:
     if not path.is_relative_to(root):
         raise ConfigError(f"{text!r} leads out of the package {package!r}")
     return path
+
+
+def environment_value(text: str, what: str = "this value") -> str:
+    """`text` itself, or, of "env:NAME", what the environment has under NAME. It may be a secret.
+
+    Raises:
+        ConfigError: NAME is not set there; `what` says what it was for.
+    """
+    if not text.startswith(ENVIRONMENT_SCHEME):
+        return text
+    name = text.removeprefix(ENVIRONMENT_SCHEME)
+    if not os.environ.get(name):
+        raise ConfigError(f"{what} is to be read from the environment, but {name} is not set there")
+    return os.environ[name]
 
 
 _PASSWORD = re.compile(r"(?<=://)([^/\s@:]*):([^/\s]*)@")

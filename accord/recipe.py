@@ -1,24 +1,22 @@
 """A recipe: everything that makes a run what it is, in one YAML file, a section for each component."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, SecretStr, model_validator
 
-from accord.config import Config, load_yaml
+from accord.config import Config, environment_value, load_yaml
 from accord.diffusion.settings import FinetuneConfig, SamplerConfig
 from accord.errors import ConfigError, PromptError
 from accord.evaluation.config import EvaluateConfig
 from accord.evaluation.plan import draw_prompts
 from accord.prompts import Category, Grammar, PromptPlan, Split, load_grammar
+from accord.registry.settings import RegistryConfig
 from accord.reward.settings import RewardConfig
 
 ObjectSpec = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 """A Python object by name, "package.module:attribute"."""
-
-_ENVIRONMENT_SCHEME = "env:"
 
 
 class SourceConfig(Config):
@@ -83,7 +81,8 @@ class FeedbackConfig(Config):
     url: SecretStr | None = None
     """SQLAlchemy URL, or "env:NAME" to read it from there; by default SQLite in the run directory."""
     judgements_per_image: PositiveInt = 1
-    aggregation: str = "majority"
+    aggregation: Literal["majority", "weighted"] = "majority"
+    """How votes become a label: all count the same, or by their rater's estimated reliability."""
 
 
 class RayConfig(Config):
@@ -145,6 +144,7 @@ class Recipe(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
+    registry: RegistryConfig = RegistryConfig()
 
     def feedback_url(self, run_dir: Path) -> str:
         """The SQLAlchemy URL of the store of judgements. It may hold a password: never print it."""
@@ -190,10 +190,4 @@ def _check_prompts(recipe: Recipe, grammar: Grammar) -> None:
 def _url(configured: SecretStr | None, key: str, sqlite_file: Path) -> str:
     if configured is None:
         return f"sqlite:///{sqlite_file.resolve()}"
-    url = configured.get_secret_value()
-    if not url.startswith(_ENVIRONMENT_SCHEME):
-        return url
-    name = url.removeprefix(_ENVIRONMENT_SCHEME)
-    if not os.environ.get(name):
-        raise ConfigError(f"{key} is to be read from the environment, but {name} is not set there")
-    return os.environ[name]
+    return environment_value(configured.get_secret_value(), key)

@@ -41,6 +41,7 @@ FreshOption = Annotated[
         "--fresh", help="Starts this stage and those after it over. Images and people's votes stay."
     ),
 ]
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(name: str) -> None:
@@ -104,8 +105,9 @@ def _check(recipe: Recipe, run_dir: Path) -> None:
 def guarded(work: Callable[[], int]) -> int:
     """The exit code: 2 with one message for what the user can mend, 130 for Ctrl-C. A bug is raised."""
     _quieten()
-    # What an orchestrator sends means the same as Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Ctrl-C means this even where the parent ignores it (nohup, a script's background job), for Python then
+    # installs no handler. What an orchestrator sends means the same.
+    before = {number: signal.signal(number, signal.default_int_handler) for number in STOPPING}
     try:
         return work()
     except KeyboardInterrupt:
@@ -117,6 +119,9 @@ def guarded(work: Callable[[], int]) -> int:
             raise
         say(f"Error: {known}")
         return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _own_command() -> str:

@@ -7,8 +7,10 @@ import hashlib
 import logging
 import os
 import shlex
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +23,12 @@ if TYPE_CHECKING:  # the recipe is light, Ray is not: it is imported when a stag
     from accord.recipe import RayConfig
 
 # Read by libraries when they are imported. The first makes reports of training cost milliseconds instead of
-# two seconds; the others keep libraries from filling the terminal and from asking the network.
+# two seconds; the second waits for workers as long as a node may take to come, or a busy one to import torch
+# (after 60 seconds Ray would begin anew); the others keep libraries from filling the terminal and from asking
+# the network.
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -36,6 +41,7 @@ ENVIRONMENT = {
 }
 T = TypeVar("T")
 ADDRESS_VARIABLE = "ACCORD_RAY_ADDRESS"
+START_ATTEMPTS = 3
 
 
 def prepare_environment() -> None:
@@ -83,15 +89,11 @@ def ensure(config: RayConfig) -> None:
         address = os.environ.get(ADDRESS_VARIABLE)
         if not address:  # Ray's C++ parts write warnings for Ray's developers to the terminal
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        options: dict[str, Any] = {} if address else {"num_cpus": config.num_cpus, "include_dashboard": False}
         try:
-            with _quiet_stderr():
-                ray.init(
-                    address=address or "local",
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    **options,
-                )
+            if address:
+                _init(address)
+            else:
+                _start_here(config)
         except ConnectionError as error:
             raise ConfigError(
                 f"no Ray cluster answers at {redact_url(str(address))!r}: {error}. "
@@ -101,6 +103,34 @@ def ensure(config: RayConfig) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False
     DataContext.get_current().print_on_execution_start = False
+
+
+def _start_here(config: RayConfig) -> None:
+    """Ray gives its parts 30 seconds to start, which a busy machine may exceed: they get several chances."""
+    import ray
+
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            _init("local", num_cpus=config.num_cpus, include_dashboard=False)
+        except (ConnectionError, ValueError):  # no matter of time
+            raise
+        except Exception:  # Ray raises bare ones
+            if attempt == START_ATTEMPTS:
+                raise
+            ray.shutdown()
+        else:
+            return
+
+
+def _init(address: str, **options: Any) -> None:
+    import ray
+
+    # Ray would end the process with status 15 at a SIGTERM; what the command has made of it stays.
+    before = signal.getsignal(signal.SIGTERM)
+    with _quiet_stderr():
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def has_room(config: RayConfig, trainings: int) -> bool:

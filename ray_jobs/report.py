@@ -103,7 +103,7 @@ def _digests(recipe: Recipe, run_dir: Path, evaluation: Manifest) -> dict[str, s
 
 def _run_info(recipe: Recipe) -> dict[str, Any]:
     settings = recipe.model_dump(
-        mode="json", exclude={"run_dir": True, "feedback": {"url"}, "tracking": {"uri"}}
+        mode="json", exclude={"run_dir": True, "feedback": {"url"}, "tracking": {"uri"}, "registry": {"uri"}}
     )
     return {
         "name": recipe.name,

@@ -10,8 +10,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# On a busy machine Ray's workers shall not be last in the queue (its default niceness is 15), may take
+# minutes to start, and are not ended because others have filled the memory or the disk.
+os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
+os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process a training, for clouds only
+os.environ.setdefault("RAY_local_fs_capacity_threshold", "0.999")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import hypothesis
 import pytest
 import torch
 
@@ -22,6 +31,15 @@ from tests.lanes import missing
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)
+
+# The same examples in every run, and as long for each as a busy machine takes.
+hypothesis.settings.register_profile(
+    "accord",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("accord")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

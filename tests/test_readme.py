@@ -42,6 +42,8 @@ def shrunk(command: str, directory: Path) -> list[str]:
         return ["make", *made, "demo", f"ARGS={arguments}"]
     if "--recipe" in words and "--run-dir" not in words:
         words += ["--run-dir", f"{directory}/demo"]
+    if "softmax" in command and "--recipe" in words:  # Ray has shown itself by then
+        words += ["--set", "ray.local=true"]
     if "ui" in words:  # a server that never ends: see that its store is there instead
         return [words[0], "experiments", "search"]
     return words
@@ -49,7 +51,9 @@ def shrunk(command: str, directory: Path) -> list[str]:
 
 def run(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     merged = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(words, cwd=ROOT, env=merged, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        words, cwd=ROOT, env=merged, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800
+    )
 
 
 def test_the_pages_are_there_and_have_commands() -> None:
@@ -69,7 +73,7 @@ def test_make_help_lists_what_the_readme_names() -> None:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_every_command_runs(tmp_path: Path, ray_cluster: RayConfig) -> None:
     import ray
 

@@ -175,30 +175,32 @@ def _gains(study: Mapping[str, Any]) -> str:
         axes.plot(100 * cell["value"], row, "o", color=_ACCENT, markersize=7, zorder=3)
     axes.axvline(0, color=_INK, linewidth=0.8)
     axes.set_yticks(range(len(arms)), arms)
-    axes.set_xlabel("success of the fine-tuned model minus the base's, points (each at its best guidance)")
+    axes.set_xlabel("gain in success, points (each model at its best guidance)")
     axes.tick_params(left=False)
     axes.spines["left"].set_visible(False)
     return _svg(figure)
 
 
 def _trade(study: Mapping[str, Any]) -> str:
-    """Gain against the price in Fréchet distance."""
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    """Gain against the price in Fréchet distance. Arms are numbered: their points may lie close together."""
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color=_INK, linewidth=0.8)
     axes.axvline(1, color=_INK, linewidth=0.8)
     axes.axvline(1.2, color=_SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
-    for arm, cells in study.items():
+    names = []
+    for number, (arm, cells) in enumerate(study.items(), start=1):
         x, y = cells["ratio.frechet"], cells["gain.all"]
         if x["value"] is None or y["value"] is None:
             continue
-        axes.plot(x["value"], 100 * y["value"], "o", color=_ACCENT, markersize=6)
+        names.append(f"{number}  {arm}")
+        axes.plot(x["value"], 100 * y["value"], "o", color=_ACCENT, markersize=13)
         if x["low"] is not None and y["low"] is not None:
             axes.plot([x["low"], x["high"]], [100 * y["value"]] * 2, color=_SOFT, zorder=0)
             axes.plot([x["value"]] * 2, [100 * y["low"], 100 * y["high"]], color=_SOFT, zorder=0)
-        axes.annotate(
-            arm, (x["value"], 100 * y["value"]), xytext=(6, 5), textcoords="offset points", fontsize=10
-        )
+        place = (x["value"], 100 * y["value"])
+        axes.annotate(str(number), place, color="white", fontsize=9, ha="center", va="center")
+    axes.text(1.03, 1.0, "\n".join(names), transform=axes.transAxes, va="top", fontsize=10, linespacing=1.7)
     axes.set_xlabel("Fréchet distance, as a ratio to the base's (dashed: the paper's price, 1.2)")
     axes.set_ylabel("gain, points")
     return _svg(figure)

@@ -354,12 +354,13 @@ def dom(page: Path, profile: Path, *options: str) -> str:
     browser = next((path for path in found if path), None)
     if browser is None:
         missing("no Chromium is installed")
-    quiet = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    )
-    command = [browser, *quiet.split(), "--disable-component-update", "--disable-sync", *options]
+    quiet = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run"
+    calm = "--disable-background-networking --disable-component-update --disable-sync"
+    command = [browser, *quiet.split(), *calm.split(), *options]
     command += [f"--user-data-dir={profile}", "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.browser

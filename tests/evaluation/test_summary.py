@@ -292,6 +292,5 @@ def test_eight_thousand_rows_take_seconds() -> None:
     start_s = time.process_time()
     build_summary(**arguments)
     assert len(frame) > 8000
-    assert (
-        time.process_time() - start_s < 15
-    )  # seconds of one core: about two, more when others crowd the caches
+    # Of one core, whatever else runs: about one second, more when others crowd the caches.
+    assert time.process_time() - start_s < 30

@@ -57,18 +57,19 @@ def postgres() -> Iterator[PostgresServer]:
         def run(*command: str) -> None:
             # Into a file: the server inherits the output, and would hold a pipe open.
             with open(directory.with_suffix(".log"), "ab") as log:
-                done = subprocess.run(command, cwd=directory, user=user, stdout=log, stderr=log, timeout=120)
+                done = subprocess.run(command, cwd=directory, user=user, stdout=log, stderr=log, timeout=600)
             assert done.returncode == 0, directory.with_suffix(".log").read_text()
 
         data = str(directory / "data")
         login = ("--username=accord", "--auth=scram-sha-256", f"--pwfile={password_file}")
         run(f"{binaries}/initdb", f"--pgdata={data}", *login, "--encoding=UTF8", "--locale=C", "--no-sync")
         options = f"-k {directory} -c listen_addresses='' -c fsync=off"
-        run(f"{binaries}/pg_ctl", "start", "--wait", f"--pgdata={data}", f"--options={options}")
+        wait = ("--wait", "--timeout=300")
+        run(f"{binaries}/pg_ctl", "start", *wait, f"--pgdata={data}", f"--options={options}")
         try:
             yield PostgresServer(directory)
         finally:
-            run(f"{binaries}/pg_ctl", "stop", "--wait", f"--pgdata={data}", "--mode=fast")
+            run(f"{binaries}/pg_ctl", "stop", "--wait", "--timeout=300", f"--pgdata={data}", "--mode=fast")
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         directory.with_suffix(".log").unlink(missing_ok=True)

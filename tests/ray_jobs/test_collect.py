@@ -1,16 +1,12 @@
 """Collecting survives a kill at any moment: no image twice, none missing, the same as never interrupted."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from accord.recipe import RayConfig, load_recipe
 from ray_jobs import collect
+from tests.ray_jobs.processes import start_and_kill
 
 OVERRIDES = ["collect.batch_size=1"]
 
@@ -34,30 +30,16 @@ def test_resumed_after_a_kill_equals_uninterrupted(
     tmp_path: Path, recipe_path: Path, root: Path, ray_cluster: RayConfig
 ) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    options = [part for override in OVERRIDES for part in ("--set", override)]
-    command = [
-        sys.executable,
-        "-m",
-        "ray_jobs.collect",
-        "--recipe",
-        str(recipe_path),
-        "--run-dir",
-        str(killed),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    driver = subprocess.Popen([*command, *options], cwd=root, env=environment, stderr=subprocess.DEVNULL)
-    try:
-        while len(list((killed / "work" / "candidates").glob("*.parquet"))) < 2:
-            assert driver.poll() is None, "collect ended before it was killed"
-            time.sleep(0.02)
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+    options = ["--recipe", str(recipe_path), "--run-dir", str(killed)]
+    options += [part for override in OVERRIDES for part in ("--set", override)]
+    finished_batches = killed / "work" / "candidates"
+    start_and_kill("collect", options, root, lambda: len(list(finished_batches.glob("*.parquet"))) >= 2)
     assert not (killed / "candidates").exists()
 
     recipe = load_recipe(recipe_path, OVERRIDES)
     resumed = collect.run(recipe, killed)
-    assert resumed.digest == collect.run(recipe, whole).digest
+    without_ray = load_recipe(recipe_path, [*OVERRIDES, "ray.local=true"])
+    assert resumed.digest == collect.run(without_ray, whole).digest
     index = collect.load_index(killed)
     assert len(index) == 20
     assert not index.duplicated(["prompt", "seed"]).any()

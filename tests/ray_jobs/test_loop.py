@@ -3,11 +3,7 @@ ones.
 """
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import pytest
 from accord.errors import ConfigError
 from accord.recipe import RayConfig, load_recipe
 from ray_jobs import loop
+from tests.ray_jobs.processes import start_and_kill
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -48,15 +45,16 @@ def files(run_dir: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for name in names for path in (run_dir / name).rglob("*.*")}
 
 
+LOCAL = ["ray.local=true"]
+
+
 @pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, model: Path, clip: Path, ray_cluster: RayConfig
-) -> Path:
-    """The directory of a recipe whose loop has ended, in `run`."""
+def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, clip: Path) -> Path:
+    """The directory of a recipe whose loop has ended without Ray, in `run`."""
     from tests.ray_jobs.world import write_recipe
 
     directory = tmp_path_factory.mktemp("loop")
-    recipe = load_recipe(write_recipe(directory, model, clip))
+    recipe = load_recipe(write_recipe(directory, model, clip), LOCAL)
     loop.run(recipe, directory / "run")
     return directory
 
@@ -88,25 +86,47 @@ def test_a_changed_recipe_is_refused_by_its_key(finished: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment", ["work/candidates/*.parquet", "train/aligned/step-*", "work/evaluation/*.parquet"]
+    ("moment", "changes"),
+    [
+        ("work/candidates/*.parquet", LOCAL),
+        ("train/aligned/step-*", []),
+        ("work/evaluation/*.parquet", LOCAL),
+    ],
 )
-def test_killed_and_continued_it_ends_with_the_same_numbers(finished: Path, root: Path, moment: str) -> None:
+def test_killed_and_continued_it_ends_with_the_same_numbers(
+    finished: Path, root: Path, ray_cluster: RayConfig, moment: str, changes: list[str]
+) -> None:
+    """With Ray and without it: the numbers are those of a loop that nobody stopped."""
     run_dir = finished / moment.split("/")[1]
-    command = [sys.executable, "-m", "ray_jobs.loop", "--recipe", str(finished / "recipe.yaml")]
-    driver = subprocess.Popen(
-        [*command, "--run-dir", str(run_dir)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        while not list(run_dir.glob(moment)):
-            assert driver.poll() is None, "the loop ended before it was killed"
-            time.sleep(0.05)
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+    options = ["--recipe", str(finished / "recipe.yaml"), "--run-dir", str(run_dir)]
+    options += [part for change in changes for part in ("--set", change)]
+    start_and_kill("loop", options, root, lambda: bool(list(run_dir.glob(moment))))
     assert not (run_dir / "summary.json").exists()
-    loop.run(load_recipe(finished / "recipe.yaml"), run_dir)
+    loop.run(load_recipe(finished / "recipe.yaml", changes), run_dir)
     assert summary(run_dir) == summary(finished / "run")
+
+
+def ignore_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize(("by", "changes"), [(signal.SIGINT, LOCAL), (signal.SIGTERM, [])])
+def test_stopped_it_says_how_to_go_on(
+    finished: Path, root: Path, tmp_path: Path, by: signal.Signals, changes: list[str]
+) -> None:
+    """By Ctrl-C, even where the parent ignores it; by an orchestrator, although Ray listens to it too."""
+    run_dir = tmp_path / "stopped"
+    options = ["--recipe", str(finished / "recipe.yaml"), "--run-dir", str(run_dir)]
+    options += [part for change in changes for part in ("--set", change)]
+    done = start_and_kill(
+        "loop",
+        options,
+        root,
+        lambda: bool(list(run_dir.glob("work/candidates/*.parquet"))),
+        by=by,
+        preexec_fn=ignore_ctrl_c,
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Nothing is lost; go on with the same command" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (run_dir / "summary.json").exists()

@@ -79,7 +79,7 @@ def test_seconds_add_up_over_interruptions(tmp_path: Path) -> None:
 def test_seconds_of_a_killed_run_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "HEARTBEAT_S", 0.01)
     with timed(tmp_path, "score"):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not read_seconds(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert "score" in read_seconds(tmp_path)  # before the end, which a kill would take away
@@ -115,7 +115,7 @@ def test_what_a_later_stage_would_meet_is_an_error_at_once(tmp_path: Path, recip
         (["--set", "evaluator=foo.bar:baz"], "foo.bar"),
     ):
         command = [sys.executable, "-m", "ray_jobs.collect", "--recipe", str(recipe_path), *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 2, done.stderr
         assert message in done.stderr + done.stdout
         assert "Traceback" not in done.stderr

@@ -30,13 +30,12 @@ def finished(
         "set": ["evaluate.bootstrap_resamples=100"],
         "arms": {
             "paper": [],
-            "no auxiliary": ["reward.auxiliary_weight=0"],
+            "no auxiliary": ["reward.auxiliary_weight=0", "finetune.pretraining_threshold=0.1"],
             "rounds": [
                 "finetune.objective=diffusion_nft",
                 "finetune.images=labelled",
                 "on_policy={rounds: 1, images: {prompts: {count: 2}, images_per_prompt: {count: 3}}}",
             ],
-            "chosen captions": ["finetune.pretraining_threshold=0.1"],
         },
     }
     path = directory / "study.yaml"
@@ -47,7 +46,7 @@ def finished(
 
 def test_every_arm_of_every_seed_is_measured(finished: Path) -> None:
     content = json.loads((finished.parent / "runs" / "study.json").read_text())
-    assert set(content) == {"paper", "no auxiliary", "rounds", "chosen captions"}
+    assert set(content) == {"paper", "no auxiliary", "rounds"}
     for arm in content.values():
         assert set(arm["gain.all"]["seeds"]) == {"1", "2"}
         assert arm["gain.all"]["n"] == 2
@@ -82,7 +81,7 @@ def test_a_study_goes_on_and_takes_further_arms_and_seeds(finished: Path) -> Non
         StudyConfig, finished, ["arms.matching=[finetune.objective=advantage_weighted_matching]"]
     )
     content = study.run(further)
-    assert set(content) == {"paper", "no auxiliary", "rounds", "chosen captions", "matching"}
+    assert set(content) == {"paper", "no auxiliary", "rounds", "matching"}
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 

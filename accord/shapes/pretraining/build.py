@@ -32,8 +32,6 @@ from accord.shapes.pretraining.vae import VaeConfig, encode_mean, train_vae
 from accord.shapes.scene import ATTRIBUTES, Scene
 
 LATENTS = "latents"
-HELD_OUT = SceneConfig(count=600, seed=99)
-"""Scenes that nothing is trained on, to say how well each part reads or redraws."""
 
 
 class PretrainConfig(Config):
@@ -48,13 +46,15 @@ class PretrainConfig(Config):
     diffusion: DiffusionConfig = DiffusionConfig()
     threads: int = 1
     """Of each training. Results depend on it in the last bits, so the shipped weights are made with one."""
+    held_out: int = 600
+    """Scenes that nothing is trained on, to say how well each part reads or redraws."""
 
 
 def build_vae(config: PretrainConfig, log: Log) -> Manifest:
     """Train the autoencoder; measures what the judge still reads in its reconstructions."""
     torch.set_num_threads(config.threads)
     vae = train_vae(draw_scenes(config.scenes), config.vae, log)
-    held_out = draw_scenes(HELD_OUT)
+    held_out = draw_scenes(SceneConfig(count=config.held_out, seed=99))
     images = reconstruct(vae, held_out.images_NCHW)
     readings = read(images.permute(0, 2, 3, 1).numpy())
     log(f"vae: read in reconstructions {_accuracy(readings, held_out.scenes)}")
@@ -71,7 +71,7 @@ def build_evaluator(config: PretrainConfig, log: Log) -> Manifest:
     with _writer(config, "evaluator", {}, config.evaluator) as directory:
         save_tensors(directory / "evaluator.safetensors", _half(reader))
         (directory / "config.json").write_text(json.dumps({"width": 32}) + "\n")
-    held_out = draw_scenes(HELD_OUT)
+    held_out = draw_scenes(SceneConfig(count=config.held_out, seed=99))
     _, names = ShapesEvaluator(config.output / "evaluator").read(
         held_out.images_NCHW.permute(0, 2, 3, 1).numpy()
     )
@@ -91,7 +91,7 @@ def build_clip(config: PretrainConfig, log: Log) -> Manifest:
         model = train_clip(
             data, lambda images: reconstruct(vae, images), grammar, directory, config.clip, log
         )
-        log(f"clip: zero-shot {zero_shot(model, directory, grammar)}")
+        log(f"clip: zero-shot {zero_shot(model, directory, grammar, count=min(400, config.held_out))}")
         save_tensors(directory / "open_clip_model.safetensors", _half(model))
     return read_manifest(config.output / "clip")
 
@@ -138,7 +138,7 @@ def diffusion_scenes(config: PretrainConfig) -> SceneConfig:
 def save_diffusion(config: PretrainConfig, model: DiffusionModel, log: Log) -> Manifest:
     """The trained text-to-image model as an artifact; says what it can draw."""
     for scale in (1.5, 2.0, 3.0):
-        log(f"diffusion: {probe_success(model, config.grammar, scale)}")
+        log(f"diffusion: {probe_success(model, config.grammar, scale, min(36, config.held_out))}")
     return save_diffusion_model(
         model,
         config.output / "diffusion",
@@ -170,7 +170,7 @@ def probe_success(
         prompts += [known[i] for i in rng.integers(len(known), size=per_category)]
     sampler = SamplerConfig(steps=10, guidance_scale=guidance_scale)
     images = [
-        sample_images(model, [p.text for p in prompts[i : i + 36]], range(i, i + 36), sampler)
+        sample_images(model, [p.text for p in prompts[i : i + 36]], range(len(prompts))[i : i + 36], sampler)
         for i in range(0, len(prompts), 36)
     ]
     readings = read(np.concatenate(images))

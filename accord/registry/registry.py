@@ -1,0 +1,393 @@
+"""Versions of models, the aliases `champion` and `canary`, and who moved them when and why.
+
+MLflow's registry holds all of it: a version's tags say what it is, a registered model's tags are the history
+of
+its aliases. The history is only ever added to.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accord.artifacts import canonical_json
+from accord.config import redact_url, validate
+from accord.errors import AccordError, ArtifactError
+from accord.registry.gate import KINDS, Check, check
+from accord.registry.runs import RunModel, manifest_at
+from accord.registry.settings import GateConfig
+
+CHAMPION = "champion"
+CANARY = "canary"
+ALIASES = (CHAMPION, CANARY)
+_EVENT = "event."
+_MAX_REASON_CHARACTERS = 1000  # the tag that holds an event has room for 5,000
+
+
+class RegistryError(AccordError):
+    """The registry does not answer, does not hold what was named, or refuses what was asked."""
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered model. `measured` is what the gate looks at, `ancestors` the digests that it was made
+    from."""
+
+    name: str
+    version: int
+    kind: str
+    digest: str
+    directory: str
+    recipe: str
+    aliases: tuple[str, ...]
+    measured: dict[str, float]
+    ancestors: dict[str, str]
+    gate: GateConfig
+    code_version: str
+    registered_at: datetime.datetime
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.version}"
+
+    def checks(self) -> list[Check]:
+        """What the gate that it was registered with says of it."""
+        return check(self.kind, self.measured, self.gate)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One move of an alias. `version` is where it points since then, None when it was taken away."""
+
+    at: str
+    action: str
+    alias: str
+    version: int | None
+    previous: int | None
+    by: str
+    why: str
+    forced: bool = False
+
+
+class Registry:
+    """Models by name: NAME/VERSION, NAME@ALIAS, or the first digits of a digest."""
+
+    def __init__(self, uri: str) -> None:
+        """Open an MLflow registry ("sqlite:////path/models.db", "http://host:5000").
+
+        Raises:
+            RegistryError: it does not answer. A password in the URI is never shown.
+        """
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # A few short tries, so that an operator is told soon.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        for library in ("alembic", "mlflow"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        self._shown = redact_url(uri)
+        with self._errors("open the registry"):
+            from mlflow import MlflowClient
+
+            if uri.startswith("sqlite:///"):
+                Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            elif not uri.startswith(("http://", "https://")):
+                _try_database(uri)
+            self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            self._client.search_registered_models(max_results=1)
+
+    def register(
+        self, prefix: str, model: RunModel, recipe: str, gate: GateConfig
+    ) -> tuple[ModelVersion, bool]:
+        """The version of a run's model, and whether it is new. The same digest is the same version: what was
+        measured since, and the recipe's gate, are written anew.
+
+        Raises:
+            RegistryError: the registry does not answer.
+        """
+        name, digest = f"{prefix}-{model.kind}", model.manifest.digest
+        tags = {
+            "accord.kind": model.kind,
+            "accord.digest": digest,
+            "accord.directory": str(model.directory),
+            "accord.recipe": recipe,
+            "accord.code_version": model.manifest.code_version,
+            "accord.manifest": canonical_json(model.manifest),
+            "accord.gate": canonical_json(gate),
+            "accord.measured": canonical_json(model.measured),
+            **{f"metric.{key}": f"{value:.6g}" for key, value in model.measured.items()},
+            **{f"lineage.{key}": ancestor for key, ancestor in model.ancestors.items()},
+        }
+        with self._errors(f"register {name}"):
+            self._ensure_model(name, model.kind)
+            there = [found for found in self.versions(name) if found.digest == digest]
+            if there:
+                version = there[0].version
+                for key, value in tags.items():
+                    self._client.set_model_version_tag(name, str(version), key, value)
+            else:
+                # No path: a registry that runs as a server takes none as a source.
+                made = self._client.create_model_version(name, source=f"accord:{digest}", tags=tags)
+                version = int(made.version)
+        return self.get(f"{name}/{version}"), not there
+
+    def versions(self, name: str | None = None) -> list[ModelVersion]:
+        """All versions of one model, or of all, the newest first. Models of others in the same MLflow are
+        left out.
+
+        Raises:
+            RegistryError: the registry does not answer.
+        """
+        found: list[ModelVersion] = []
+        with self._errors("list models"):
+            aliases = {model.name: dict(model.aliases) for model in self._registered()}
+            for known in sorted(aliases) if name is None else [name]:
+                token: str | None = None
+                while True:
+                    page = self._client.search_model_versions(f"name='{known}'", page_token=token)
+                    found += [_version(entry, aliases.get(known, {})) for entry in page if _is_ours(entry)]
+                    token = page.token
+                    if not token:
+                        break
+        return sorted(found, key=lambda version: (version.name, -version.version))
+
+    def get(self, reference: str) -> ModelVersion:
+        """The version that NAME/VERSION, NAME@ALIAS or the first digits of a digest names.
+
+        Raises:
+            RegistryError: there is none, or more than one.
+        """
+        everything = self.versions()
+        name, at, alias = reference.partition("@")
+        if at:
+            found = [version for version in everything if version.name == name and alias in version.aliases]
+        elif "/" in reference:
+            found = [version for version in everything if str(version) == reference]
+        else:
+            found = [version for version in everything if reference and version.digest.startswith(reference)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(str(version) for version in found)
+            raise RegistryError(
+                f"{reference!r} is the beginning of {len(found)} digests ({names}); give more digits"
+            )
+        known = ", ".join(str(version) for version in everything[:8]) or "none"
+        raise RegistryError(
+            f"there is no model {reference!r} in {self._shown}; expected NAME/VERSION, NAME@ALIAS or the "
+            "first digits of "
+            f"a digest. Registered: {known}. `accord models list` shows all, `accord models register "
+            "RECIPE` adds a run's"
+        )
+
+    def promote(
+        self, reference: str, *, by: str, why: str, alias: str = CHAMPION, force: bool = False
+    ) -> tuple[ModelVersion, list[Check]]:
+        """Let a version serve under an alias, if its gate passes; with the gate's checks.
+
+        `force` does it although the gate fails, and that is recorded. A version that the alias has already
+        stays.
+
+        Raises:
+            RegistryError: the gate fails, no reason was given, or there is no such version.
+            ArtifactError: its directory holds another model by now.
+        """
+        _check_request(alias, why)
+        version = self.get(reference)
+        checks = version.checks()
+        failed = [one for one in checks if not one.passed]
+        if failed and not force:
+            lines = "\n  ".join(str(one) for one in checks)
+            advice = (
+                "Train a better one; or, if you know better than the gate, --force with the reason in --why."
+                if version.measured
+                else "Nothing was measured: run `accord evaluate` and `accord report`, then register the run "
+                "again."
+            )
+            raise RegistryError(
+                f"{version} does not pass its gate, so {alias} stays where it is:\n  {lines}\n{advice}"
+            )
+        _refuse_changed(version)
+        if alias not in version.aliases:
+            previous = self._holder(version.name, alias)
+            self._move(
+                version.name, "promote", alias, version.version, previous, by, why, forced=bool(failed)
+            )
+        if alias == CHAMPION and CANARY in version.aliases:
+            self._move(version.name, "graduate", CANARY, None, version.version, by, why)
+        return self.get(str(version)), checks
+
+    def rollback(self, name: str, *, by: str, why: str, alias: str = CHAMPION) -> ModelVersion | None:
+        """The champion before this one serves again; a canary is taken out, and then the result is None.
+
+        Raises:
+            RegistryError: there is nothing to go back to.
+        """
+        _check_request(alias, why)
+        current = self._holder(name, alias)
+        if current is None:
+            raise RegistryError(
+                f"{name} has no {alias}, so there is nothing to roll back; see `accord models list`"
+            )
+        if alias == CANARY:
+            self._move(name, "rollback", alias, None, current, by, why)
+            return None
+        there = {version.version: version for version in self.versions(name)}
+        good = [number for number in self._champions(name) if number != current and number in there]
+        if not good:
+            raise RegistryError(
+                f"{name}/{current} is the first champion of {name}: there is none before it to go back to. "
+                "Promote another version: `accord models list` shows all"
+            )
+        _refuse_changed(there[good[-1]])
+        self._move(name, "rollback", alias, good[-1], current, by, why)
+        return self.get(f"{name}/{good[-1]}")
+
+    def history(self, name: str) -> list[Event]:
+        """Every move of the model's aliases, the oldest first."""
+        with self._errors(f"read the history of {name}"):
+            tags = next((dict(model.tags) for model in self._registered() if model.name == name), {})
+        return [Event(**json.loads(value)) for key, value in sorted(tags.items()) if key.startswith(_EVENT)]
+
+    def _champions(self, name: str) -> list[int]:
+        """The champions that were not rolled back, the newest last."""
+        stack: list[int] = []
+        for event in self.history(name):
+            if event.alias != CHAMPION or event.version is None:
+                continue
+            if event.action == "rollback":
+                while stack and stack[-1] != event.version:
+                    stack.pop()
+            if not stack or stack[-1] != event.version:
+                stack.append(event.version)
+        return stack
+
+    def _holder(self, name: str, alias: str) -> int | None:
+        return next((version.version for version in self.versions(name) if alias in version.aliases), None)
+
+    def _move(
+        self,
+        name: str,
+        action: str,
+        alias: str,
+        version: int | None,
+        previous: int | None,
+        by: str,
+        why: str,
+        *,
+        forced: bool = False,
+    ) -> None:
+        """Records a move, then makes it: what serves is never without its record."""
+        at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        event = Event(at, action, alias, version, previous, by, why[:_MAX_REASON_CHARACTERS], forced)
+        with self._errors(f"move {alias} of {name}"):
+            # Two operators at the same microsecond write two events: the key ends in a random part.
+            key = f"{_EVENT}{at}.{secrets.token_hex(2)}"
+            self._client.set_registered_model_tag(name, key, canonical_json(vars(event)))
+            if version is None:
+                self._client.delete_registered_model_alias(name, alias)
+            else:
+                self._client.set_registered_model_alias(name, alias, str(version))
+
+    def _ensure_model(self, name: str, kind: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        if any(model.name == name for model in self._registered()):
+            return
+        try:
+            self._client.create_registered_model(name, tags={"accord.kind": kind})
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another was faster
+                raise
+
+    def _registered(self) -> Iterator[Any]:
+        token: str | None = None
+        while True:
+            page = self._client.search_registered_models(page_token=token)
+            yield from (model for model in page if dict(model.tags).get("accord.kind") in KINDS)
+            token = page.token
+            if not token:
+                return
+
+    @contextlib.contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        """MLflow's and the network's errors, as ours."""
+        try:
+            yield
+        except AccordError:
+            raise
+        except Exception as error:
+            text = redact_url(str(error)).strip().splitlines()
+            raise RegistryError(
+                f"cannot {doing} in the registry {self._shown}: "
+                f"{text[0][:300] if text else type(error).__name__}. "
+                "Name another with --registry or MLFLOW_REGISTRY_URI, or see that its server runs and lets "
+                "you write"
+            ) from None
+
+
+def _try_database(uri: str) -> None:
+    """Connects once: MLflow would try for minutes before it says that a database is not there."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
+
+
+def _check_request(alias: str, why: str) -> None:
+    if alias not in ALIASES:
+        raise RegistryError(f"the alias is {alias!r}; expected one of {', '.join(ALIASES)}")
+    if not why.strip():
+        raise RegistryError("no reason was given; say with --why what speaks for it, it goes on record")
+
+
+def _refuse_changed(version: ModelVersion) -> None:
+    """A directory that can be seen from here must hold the model that was registered."""
+    manifest = manifest_at(version.directory)
+    if manifest is not None and manifest.digest != version.digest:
+        raise ArtifactError(
+            f"{version.directory} holds another model by now (digest {manifest.digest[:12]}) than was "
+            "registered as "
+            f"{version} ({version.digest[:12]}); register the run again"
+        )
+
+
+def _is_ours(entry: Any) -> bool:
+    return "accord.digest" in entry.tags
+
+
+def _version(entry: Any, aliases: dict[str, Any]) -> ModelVersion:
+    tags: dict[str, str] = dict(entry.tags)
+    number = int(entry.version)
+    return ModelVersion(
+        name=entry.name,
+        version=number,
+        kind=tags["accord.kind"],
+        digest=tags["accord.digest"],
+        directory=tags["accord.directory"],
+        recipe=tags.get("accord.recipe", ""),
+        aliases=tuple(sorted(alias for alias, holder in aliases.items() if int(holder) == number)),
+        measured=json.loads(tags.get("accord.measured", "{}")),
+        ancestors={
+            key.removeprefix("lineage."): value
+            for key, value in sorted(tags.items())
+            if key.startswith("lineage.")
+        },
+        gate=validate(
+            GateConfig, json.loads(tags.get("accord.gate", "{}")), f"the gate of {entry.name}/{number}"
+        ),
+        code_version=tags.get("accord.code_version", ""),
+        registered_at=datetime.datetime.fromtimestamp(entry.creation_timestamp / 1000, datetime.UTC),
+    )
+
+
+def names(versions: Sequence[ModelVersion]) -> list[str]:
+    """The names of the models that these are versions of, each once."""
+    return sorted({version.name for version in versions})

@@ -1,0 +1,214 @@
+"""`python -m services.feedback serve` runs the service; `invite` makes a rater's link."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from prometheus_client import start_http_server
+
+from accord.cli.common import errors_shown
+from accord.config import load_yaml, redact_url, validate
+from accord.errors import ConfigError
+from services.feedback.app import create_app
+from services.feedback.backend import Backend
+from services.feedback.config import FeedbackServiceConfig
+from services.feedback.grpc_server import GrpcServer
+from services.feedback.operator_page import invite_link
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="A YAML file with the service's settings.", dir_okay=False)
+]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replaces a setting of the file.")
+]
+UrlOption = Annotated[str | None, typer.Option("--url", help="The store: sqlite:////path or postgresql://…")]
+ImagesOption = Annotated[Path | None, typer.Option("--images", help="The folder of images to judge.")]
+StateOption = Annotated[
+    Path | None, typer.Option("--state-dir", help="Where the secret that signs links is kept.")
+]
+
+
+@app.command()
+def serve(
+    config: ConfigOption = None,
+    overrides: SetOption = [],  # noqa: B006 - typer reads the default and never changes it
+    url: UrlOption = None,
+    images: ImagesOption = None,
+    state_dir: StateOption = None,
+) -> None:
+    """Serve the rating page, gRPC and metrics until Ctrl-C or SIGTERM."""
+    with errors_shown():
+        settings = read_config(config, overrides, url=url, images=images, state_dir=state_dir)
+        asyncio.run(Service(settings).run())
+
+
+@app.command()
+def invite(
+    campaign: Annotated[str, typer.Argument(help="The campaign's id.")],
+    raters: Annotated[list[str], typer.Argument(help="Names of raters: letters, digits, - and _.")],
+    config: ConfigOption = None,
+    overrides: SetOption = [],  # noqa: B006
+    url: UrlOption = None,
+    images: ImagesOption = None,
+    state_dir: StateOption = None,
+    hours: Annotated[float | None, typer.Option("--hours", help="How long the links are good.")] = None,
+) -> None:
+    """Make an invite link for each rater. Each opens once; give it to nobody else."""
+    with errors_shown():
+        settings = read_config(config, overrides, url=url, images=images, state_dir=state_dir)
+        with Backend(settings) as backend:
+            for rater in raters:
+                typer.echo(f"{rater}\t{invite_link(backend, campaign, rater, hours)['url']}")
+
+
+def read_config(path: Path | None, overrides: list[str], **options: Any) -> FeedbackServiceConfig:
+    """The settings of a file, of "key=value" overrides, and of options, the later ones first.
+
+    Raises:
+        ConfigError: naming what is wrong or missing.
+    """
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    if path is not None:
+        return load_yaml(FeedbackServiceConfig, path, [*overrides, *given])
+    values: dict[str, Any] = {}
+    for override in [*overrides, *given]:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ConfigError(f"{redact_url(override)!r} is not of the form key=value")
+        values[key] = value
+    return validate(FeedbackServiceConfig, values, "the options")
+
+
+class Service:
+    """The page, gRPC and the metrics in one process. `run` ends on SIGINT and SIGTERM."""
+
+    def __init__(self, config: FeedbackServiceConfig) -> None:
+        self._config = config
+        self._stop = asyncio.Event()
+        self.addresses: dict[str, str] = {}
+        """Where it listens: of "page", "gRPC" and "metrics"; filled when it does."""
+
+    def stop(self) -> None:
+        """Begin to end, from within the event loop."""
+        self._stop.set()
+
+    async def run(self, *, handle_signals: bool = True) -> None:
+        """Serve until told to stop; then let what is under way end.
+
+        Raises:
+            ConfigError, FeedbackError: a port is taken, the database is away, ...: nothing is served then.
+        """
+        with _listening(self._config) as page_socket:
+            config = _with_site(self._config, page_socket)
+            with Backend(config) as backend:
+                grpc_server = GrpcServer(backend)
+                page = _PageServer(_page_config(backend))
+                with _metrics(backend) as metrics_port:
+                    self._say(config, grpc_server.port, metrics_port)
+                    if handle_signals:
+                        self._handle_signals()
+                    await grpc_server.start()
+                    serving = asyncio.create_task(page.serve(sockets=[page_socket]))
+                    await asyncio.wait(
+                        [serving, asyncio.create_task(self._stop.wait())], return_when=asyncio.FIRST_COMPLETED
+                    )
+                    page.should_exit = True
+                    await asyncio.gather(serving, grpc_server.stop(config.shutdown_s))
+
+    def _handle_signals(self) -> None:
+        # Set here, also when whoever started us ignored SIGINT, as shells do for jobs in the background.
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.stop)
+
+    def _say(self, config: FeedbackServiceConfig, grpc_port: int, metrics_port: int) -> None:
+        self.addresses = {
+            "page": config.site,
+            "gRPC": f"{config.host}:{grpc_port}",
+            "metrics": f"http://{config.host}:{metrics_port}/metrics",
+        }
+        print(f"Rating page  {config.site}  (operators: {config.site}/operator)")
+        print(f"gRPC         {self.addresses['gRPC']}")
+        print(f"Metrics      {self.addresses['metrics']}", flush=True)
+
+
+class _PageServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the service has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _page_config(backend: Backend) -> uvicorn.Config:
+    config = backend.config
+    return uvicorn.Config(
+        create_app(backend),
+        log_level="warning",
+        access_log=False,  # addresses of invites are secrets
+        server_header=False,
+        timeout_graceful_shutdown=int(config.shutdown_s) or None,
+        lifespan="off",
+    )
+
+
+@contextlib.contextmanager
+def _listening(config: FeedbackServiceConfig) -> Iterator[socket.socket]:
+    """The page's socket; taken first, so that a second start fails before it touches anything."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((config.host, config.port))
+            listener.listen(256)
+        except OSError as error:
+            raise _cannot_listen("the page", config.host, config.port, "port", error) from None
+        yield listener
+
+
+@contextlib.contextmanager
+def _metrics(backend: Backend) -> Iterator[int]:
+    config = backend.config
+    try:
+        server, thread = start_http_server(
+            config.metrics_port, addr=config.host, registry=backend.metrics.registry
+        )
+    except OSError as error:
+        raise _cannot_listen("metrics", config.host, config.metrics_port, "metrics_port", error) from None
+    try:
+        yield int(server.server_port)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _cannot_listen(what: str, host: str, port: int, key: str, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot listen for {what} on {host}:{port}: {error.strerror}. Stop the program that has it (is the "
+        f"service running already?), or choose another: --set {key}=…"
+    )
+
+
+def _with_site(config: FeedbackServiceConfig, listener: socket.socket) -> FeedbackServiceConfig:
+    """The config with the port that the system chose."""
+    return config.model_copy(update={"port": listener.getsockname()[1]})
+
+
+def main() -> None:
+    """`python -m services.feedback`: with options alone it serves."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0].startswith("-") and arguments[0] != "--help":
+        arguments = ["serve", *arguments]
+    app(arguments, prog_name="accord feedback")
