@@ -32,7 +32,7 @@ from accord.tokens import default_secret_path, default_tokens_path, ensure_first
 from services.config import APP_NAME, SERVICER_FUNCTIONS, ServeConfig
 
 ENVIRONMENTS = Path(__file__).parent / "environments"
-READY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 240.0
 OBJECT_STORE_BYTES = 256 * 2**20
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -45,7 +45,7 @@ def test_serve_starts_answers_and_stops_by_sigint_that_its_parent_ignored(tmp_pa
         )
         try:
             eventually(
-                lambda: endpoint_file.exists() or process.poll() is not None, "it is ready", timeout_s=180
+                lambda: endpoint_file.exists() or process.poll() is not None, "it is ready", timeout_s=240
             )
             assert endpoint_file.exists(), (tmp_path / "log").read_text()
             endpoint = json.loads(endpoint_file.read_text())
