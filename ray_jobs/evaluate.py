@@ -220,8 +220,10 @@ def _labels(recipe: Recipe, run_dir: Path, grammar: Grammar, measured: pd.DataFr
                 votes[row.Index] = [(vote.rater, vote.verdict) for vote in given]
             done += len(part)
             progress.update(done)
-    for index, label in aggregate(votes, {}).label.items():
-        fits[index] = pd.NA if label is None else bool(label)
+    labels = aggregate(votes, {}).label
+    for row in rows:
+        label = labels[row.Index]
+        fits[row.Index] = pd.NA if label is None else bool(label)
     return fits
 
 

@@ -15,6 +15,7 @@ import accord
 from accord.cli import tokens
 from accord.cli.common import errors_shown
 from accord.errors import ConfigError
+from accord.feedback_cli import app as feedback_app
 
 DEMO_RECIPE = Path("recipes") / "sandbox" / "demo.yaml"
 
@@ -31,6 +32,8 @@ app = typer.Typer(
     epilog=_EPILOG,
 )
 app.add_typer(tokens.app, name="token", rich_help_panel="Serving")
+
+app.add_typer(feedback_app, name="feedback", rich_help_panel="People's judgements")
 
 
 def run_job(module: str, arguments: Sequence[str]) -> NoReturn:

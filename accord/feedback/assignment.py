@@ -313,17 +313,17 @@ def _record(desk: Desk, task: Row[Any], leased_ms: int, given: list[str] | str, 
     if isinstance(given, str):
         return
     assert done.inserted_primary_key is not None
-    answer_id = done.inserted_primary_key[0]
-    connection.execute(
-        insert(judgements),
-        [
-            {
-                "idempotency_key": f"campaign {answer_id}/{number}", "image": image, "prompt": task.prompt,
-                "rater": desk.rater, "verdict": verdict, "created_at": now, "answer_id": answer_id,
-            }
-            for number, (image, verdict) in enumerate(zip(json.loads(task.images), given, strict=True))
-        ],
-    )  # fmt: skip
+    shared = {
+        "prompt": task.prompt, "rater": desk.rater, "created_at": now,
+        "answer_id": done.inserted_primary_key[0],
+    }  # fmt: skip
+    pairs = enumerate(zip(json.loads(task.images), given, strict=True))
+    names = f"{desk.campaign.campaign_id}/{key}"
+    rows = [
+        {**shared, "idempotency_key": f"{names}/{number}", "image": image, "verdict": verdict}
+        for number, (image, verdict) in pairs
+    ]
+    connection.execute(insert(judgements), rows)
 
 
 def undo(desk: Desk, key: str) -> str | None:

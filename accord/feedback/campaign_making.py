@@ -93,6 +93,7 @@ def alignment_tasks(
     connection: Connection,
     campaign_id: str,
     sources: Sequence[str],
+    only: Sequence[tuple[str, str]],
     images_per_task: int,
     gold: Sequence[Gold],
     seed: int,
@@ -100,23 +101,24 @@ def alignment_tasks(
     """Candidates of those sources (all when there are none), grouped by prompt, in an order drawn by `seed`.
 
     Raises:
-        FeedbackError: no candidate, or a gold one that is no candidate of the store.
+        FeedbackError: no candidate, or one that was named is no candidate of the store.
     """
     known: dict[tuple[str, str], str] = {(item.image, item.prompt): item.verdict for item in gold}
     columns = (candidates.c.image, candidates.c.prompt, candidates.c.category, candidates.c.source)
     ordinary: dict[tuple[str, str], list[str]] = {}
     golden: dict[tuple[str, str], list[str]] = {}
-    found = set()
+    wanted, found = set(only), set()
     for image, prompt, category, source in connection.execute(select(*columns)):
-        if (image, prompt) in known:
+        if (image, prompt) in known or (image, prompt) in wanted:
             found.add((image, prompt))
+        if (image, prompt) in known:
             golden.setdefault((prompt, category), []).append(image)
-        elif not sources or source in sources:
+        elif (not wanted or (image, prompt) in wanted) and (not sources or source in sources):
             ordinary.setdefault((prompt, category), []).append(image)
-    lost = sorted(set(known) - found)
+    lost = sorted((set(known) | wanted) - found)
     if lost:
         raise FeedbackError(
-            f"campaign {campaign_id!r}: {len(lost)} gold image(s) are no candidates of the store, such as "
+            f"campaign {campaign_id!r}: {len(lost)} named image(s) are no candidates of the store, such as "
             f"{lost[0]!r}; add them first"
         )
     if not ordinary:
@@ -161,14 +163,21 @@ def comparison_tasks(items: Sequence[ComparisonItem], seed: int) -> list[TaskRow
     return rows
 
 
-def alignment_content(sources: Sequence[str], images_per_task: int, gold: Sequence[Gold]) -> dict[str, Any]:
+def alignment_content(
+    sources: Sequence[str], only: Sequence[tuple[str, str]], images_per_task: int, gold: Sequence[Gold]
+) -> dict[str, Any]:
     """What was asked for, apart from the settings."""
     for item in gold:
         check_gold(item)
     golden = sorted([item.image, item.prompt, item.verdict] for item in gold)
     if len({(image, prompt) for image, prompt, _ in golden}) < len(golden):
         raise FeedbackError("a gold image is given twice for one prompt")
-    return {"sources": sorted(set(sources)), "images_per_task": images_per_task, "gold": golden}
+    return {
+        "sources": sorted(set(sources)),
+        "only": sorted(set(only)),
+        "images_per_task": images_per_task,
+        "gold": golden,
+    }
 
 
 def comparison_content(items: Sequence[ComparisonItem]) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class Campaigns:
         *,
         judgements_per_item: int,
         sources: Sequence[str] = (),
+        only: Sequence[tuple[str, str]] = (),
         images_per_task: int = 3,
         lease_s: float = 600,
         gold: Sequence[Gold] = (),
@@ -86,6 +87,7 @@ class Campaigns:
         Args:
             judgements_per_item: k: so many raters judge every image.
             sources: digests of the artifacts whose candidates are judged; by default all.
+            only: candidates by (image, prompt), when just these are to be judged.
             lease_s: how long a rater may take for a task, in seconds.
             gold: candidates whose answer is known; every rater gets them now and then, besides the k.
             seed: of the order of tasks.
@@ -96,7 +98,7 @@ class Campaigns:
         campaign_making.check_settings(
             campaign_id, title, judgements_per_item, images_per_task, lease_s, seed
         )
-        content = campaign_making.alignment_content(sources, images_per_task, gold)
+        content = campaign_making.alignment_content(sources, only, images_per_task, gold)
         settings = _settings(campaign_id, "alignment", title, judgements_per_item, lease_s, seed)
         self._database.write(
             lambda connection: campaign_making.store_campaign(
@@ -104,7 +106,7 @@ class Campaigns:
                 settings,
                 content,
                 lambda now: campaign_making.alignment_tasks(
-                    now, campaign_id, sources, images_per_task, gold, seed
+                    now, campaign_id, sources, only, images_per_task, gold, seed
                 ),
             )
         )

@@ -5,6 +5,7 @@ are missing, not wrong. Notation: N items, R raters, K values, n_ik = raters who
 """
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 
@@ -176,34 +177,24 @@ def weigh(
     """
     fixed = known or {}
     names = sorted({rater for given in votes.values() for rater in given})
-    keys = sorted(votes, key=repr)
-    if not keys or not names:
-        return Weighted({key: float(fixed[key]) for key in sorted(fixed, key=repr)}, {})
+    keys = sorted((key for key in votes if votes[key]), key=repr)
+    if not keys:
+        return Weighted({}, {})
     index = {name: number for number, name in enumerate(names)}
     pairs = [
         (row, index[rater], said)
         for row, key in enumerate(keys)
         for rater, said in sorted(votes[key].items())
     ]
-    item_V = np.array([pair[0] for pair in pairs])
-    rater_V = np.array([pair[1] for pair in pairs])
-    said_V = np.array([pair[2] for pair in pairs], dtype=bool)
+    item_V, rater_V, said_V = (np.array(column) for column in zip(*pairs, strict=True))
     truth_N = np.array([float(fixed[key]) if key in fixed else np.nan for key in keys])
-    is_known_N = ~np.isnan(truth_N)
-    share_N = np.bincount(item_V, weights=said_V, minlength=len(keys)) / np.bincount(
-        item_V, minlength=len(keys)
-    )
-    good_N = np.where(is_known_N, truth_N, share_N)
-    votes_R = np.bincount(rater_V, minlength=len(names))
+    coins = _Coins(item_V, rater_V, said_V.astype(bool), truth_N, len(names))
+    # Only gold tells who is to be believed at first; without any, all are believed alike: the majority.
+    reliable_R = coins.reliable(truth_N, ~np.isnan(truth_N))
+    good_N = coins.good(reliable_R, prior=0.5)
     for _ in range(_ITERATIONS):
-        right_V = np.where(said_V, good_N[item_V], 1 - good_N[item_V])
-        right_R = np.bincount(rater_V, weights=right_V, minlength=len(names))
-        reliable_R = (right_R + _PRIOR_RIGHT) / (votes_R + _PRIOR_RIGHT + _PRIOR_WRONG)
-        prior = (good_N.sum() + 1) / (len(keys) + 2)
-        odds_V = np.where(said_V, 1, -1) * np.log(reliable_R / (1 - reliable_R))[rater_V]
-        log_odds_N = np.log(prior / (1 - prior)) + np.bincount(item_V, weights=odds_V, minlength=len(keys))
-        estimated_N = 1 / (1 + np.exp(-np.clip(log_odds_N, -500, 500)))
-        new_N = np.where(is_known_N, truth_N, estimated_N)
+        reliable_R = coins.reliable(good_N, np.ones(len(keys), dtype=bool))
+        new_N = coins.good(reliable_R, prior=float(good_N.sum() + 1) / (len(keys) + 2))
         change = float(np.abs(new_N - good_N).max())
         good_N = new_N
         if change < _TOLERANCE:
@@ -213,6 +204,35 @@ def weigh(
         {key: round(float(p), 9) for key, p in zip(keys, good_N, strict=True)},
         {name: round(float(p), 9) for name, p in zip(names, reliable_R, strict=True)},
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Coins:
+    """V votes: of which item, whose, and whether it says good. `truth_N` is NaN where it is not known."""
+
+    item_V: NDArray[np.int64]
+    rater_V: NDArray[np.int64]
+    said_V: NDArray[np.bool_]
+    truth_N: NDArray[np.float64]
+    raters: int
+
+    def reliable(self, good_N: NDArray[np.float64], used_N: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """M step: each rater's expected share of right votes on the items that are used, with the prior's."""
+        p_V = good_N[self.item_V]
+        right_V = np.where(used_N[self.item_V], np.where(self.said_V, p_V, 1 - p_V), 0.0)
+        right_R = np.bincount(self.rater_V, weights=right_V, minlength=self.raters)
+        votes_R = np.bincount(self.rater_V, weights=used_N[self.item_V].astype(float), minlength=self.raters)
+        reliable_R: NDArray[np.float64] = (right_R + _PRIOR_RIGHT) / (votes_R + _PRIOR_RIGHT + _PRIOR_WRONG)
+        return reliable_R
+
+    def good(self, reliable_R: NDArray[np.float64], prior: float) -> NDArray[np.float64]:
+        """E step: P(good) of each item; the truth where it is known."""
+        odds_V = np.where(self.said_V, 1, -1) * np.log(reliable_R / (1 - reliable_R))[self.rater_V]
+        log_odds_N = np.log(prior / (1 - prior)) + np.bincount(
+            self.item_V, weights=odds_V, minlength=len(self.truth_N)
+        )
+        estimated_N = 1 / (1 + np.exp(-np.clip(log_odds_N, -500, 500)))
+        return np.where(np.isnan(self.truth_N), estimated_N, self.truth_N)
 
 
 def suspected(reliability: float | None, judged: int, gold_accuracy: float | None, gold_judged: int) -> bool:
@@ -229,4 +249,4 @@ def suspected(reliability: float | None, judged: int, gold_accuracy: float | Non
 
 
 def _below_half(share: float, number: int) -> bool:
-    return share + 0.5 / number**0.5 < 0.5
+    return share + 0.5 / math.sqrt(number) < 0.5

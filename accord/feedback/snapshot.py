@@ -6,7 +6,7 @@ digest.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -78,7 +78,8 @@ def write_snapshot(
         raise FeedbackError(
             f"{store} holds no judgements, so there is nothing to take a snapshot of; let raters judge first"
         )
-    labels = aggregate({key: item.votes for key, item in judged.items()}, store.gold())
+    known: dict[Hashable, bool] = dict(store.gold().items())
+    labels = aggregate({key: item.votes for key, item in judged.items()}, known)
     config = {"aggregation": aggregation}
     with artifact_writer(directory, SNAPSHOT_KIND, inputs=inputs, config=config, seed=seed) as temporary:
         _write(temporary / SNAPSHOT_NAME, _SCHEMA, _candidate_rows(judged, labels))
