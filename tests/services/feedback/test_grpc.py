@@ -1,7 +1,10 @@
 """The gRPC interface, over a port, with plain stubs."""
 
 import datetime
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 import pytest
@@ -17,6 +20,7 @@ from accord.v1 import feedback_pb2 as pb
 from accord.v1 import feedback_pb2_grpc
 from services.feedback.grpc_server import SERVICE
 from services.feedback.raters import Door, rate_campaign
+from tests.lanes import missing
 from tests.services.feedback.conftest import WAIT_S, Running
 
 KEY = "0123456789abcdef"
@@ -285,3 +289,22 @@ def test_raters_of_the_world_of_shapes(start: Callable[..., Running]) -> None:
         judged = list(campaigns.all_judgements("shapes"))
     assert len(judged) == len({(row.image, row.rater) for row in judged}) == 60
     assert {row.rater for row in judged} <= {f"robot/rater-{n}" for n in range(4)}
+
+
+def test_tls(start: Callable[..., Running], tmp_path: Path) -> None:
+    certificate, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    if shutil.which("openssl") is None:
+        missing("there is no openssl")
+    subprocess.run([*command.split(), *names], check=True, capture_output=True, timeout=WAIT_S)
+    running = start(certificate=certificate, private_key=key)
+    address = f"localhost:{running.service.addresses['gRPC'].rpartition(':')[2]}"
+    credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
+    with grpc.secure_channel(address, credentials) as channel:
+        reply = feedback_pb2_grpc.FeedbackServiceStub(channel).ListCampaigns(
+            pb.ListCampaignsRequest(), metadata=running.bearer("boss"), timeout=WAIT_S
+        )
+    assert [campaign.campaign_id for campaign in reply.campaigns] == ["shapes", "models"]
+    with pytest.raises(grpc.RpcError):  # nothing is answered without TLS
+        Program(running, "boss").call("ListCampaigns", pb.ListCampaignsRequest())
