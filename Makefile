@@ -5,10 +5,10 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study test lint format protos clean
+.PHONY: help setup demo study test lint format protos k8s-check dashboards clean
 
 help: ## show this help
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-8s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with everything in it (PYTHON=python3.12 to choose the interpreter)
 
@@ -45,6 +45,12 @@ protos: $(STAMP) ## generate accord/v1 from protos/
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. \
 	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 	  --mypy_out=. --mypy_grpc_out=. protos/accord/v1/*.proto
+
+k8s-check: $(STAMP) ## build and check all manifests, images and rules, with no cluster and no engine
+	$(BIN)/python -m pytest tests/k8s tests/docker $(ARGS)
+
+dashboards: $(STAMP) ## write the Prometheus rules and Grafana dashboards from k8s/monitoring
+	$(BIN)/python -m k8s.monitoring.generate
 
 clean: ## remove the environment and the caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -17,10 +17,11 @@ import typer
 from accord.config import resolve_path
 from accord.diffusion.engine import EngineConfig
 from benchmarks.local import EngineServer, LockedServer, Server, StaticServer, measure_ceiling
-from benchmarks.tables import describe, spread, table, write_json
+from benchmarks.report import report
+from benchmarks.tables import describe, write_json
 from benchmarks.traffic import MIXES, Mix, play
 
-SANDBOX = "pkg://accord/shapes/weights/diffusion"
+SANDBOX = "pkg://accord.shapes/weights/diffusion"
 
 
 def main(
@@ -50,7 +51,7 @@ def main(
             for share in load:
                 runs += _round(directory, device, MIXES[name], share, images, seed + repeat, rivals)
     print(f"\n{describe(device)}\n")
-    print(_report(runs))
+    print(report(runs, "engine"))
     write_json(json, device, {"images": images, "repeats": repeats, "seed": seed, "model": model}, runs)
 
 
@@ -97,30 +98,6 @@ def _round(
             file=sys.stderr,
         )
     return runs
-
-
-def _report(runs: list[dict[str, Any]]) -> str:
-    rows = []
-    for traffic, load, rival in dict.fromkeys((r["traffic"], r["load"], r["rival"]) for r in runs):
-        same = [r for r in runs if (r["traffic"], r["load"]) == (traffic, load)]
-        mine = [r for r in same if r["rival"] == rival]
-        engine = [r for r in same if r["rival"] == "engine"]
-        faster = [e["images_per_s"] / r["images_per_s"] for e, r in zip(engine, mine, strict=True)]
-        rows.append(
-            [
-                traffic,
-                load,
-                rival,
-                spread([r["images_per_s"] for r in mine]),
-                spread([r["images_per_s"] / r["ceiling"] for r in mine]),
-                "" if rival == "engine" else spread(faster),
-                spread([r["p50_s"] for r in mine]),
-                spread([r["p95_s"] for r in mine]),
-                sum(r["failed"] for r in mine),
-            ]
-        )
-    headings = ["traffic", "load / ceiling", "", "images/s", "of the ceiling", "engine is faster by", "p50 s"]
-    return table([*headings, "p95 s", "failed"], rows)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,11 @@ def test_demo_is_the_loop_and_serving_on_the_demo_s_recipe(executed: list[list[s
     ]
 
 
+def test_serve_is_the_services_on_this_machine(executed: list[list[str]]) -> None:
+    invoke("serve", "--port", "0", "--help")
+    assert executed == [[sys.executable, "-m", "services.local", "--port", "0", "--help"]]
+
+
 def test_demo_without_a_checkout_says_what_to_do(
     executed: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

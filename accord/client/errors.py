@@ -51,6 +51,8 @@ class ClientError(AccordError):
 
     exit_status = 1
     retryable = False
+    retry_after_s: float | None = None
+    """When the server wants to be asked again, if it says."""
 
     def __init__(self, message: str, *, code: str = "", reason: str = "", request_id: str = "") -> None:
         super().__init__(message)
@@ -107,10 +109,6 @@ class Overloaded(ClientError):
     exit_status = 4
     retryable = True
 
-    def __init__(self, message: str, retry_after_s: float | None = None, **about: str) -> None:
-        super().__init__(message, **about)
-        self.retry_after_s = retry_after_s
-
 
 class DeadlineExceeded(ClientError):
     """The call took longer than its deadline or its time budget allows."""
@@ -141,9 +139,19 @@ class ServerError(ClientError):
 
 def from_rpc(error: Any, *, target: str, request_id: str, has_token: bool, secure: bool) -> ClientError:
     """The exception for a failed call; `error` is a grpc.RpcError or a grpc.aio.AioRpcError."""
+    rich = _rich_status(error)
+    found = _classified(error, rich, target, request_id, has_token, secure)
+    retry = _detail(rich, error_details_pb2.RetryInfo)
+    if retry:
+        found.retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
+    return found
+
+
+def _classified(
+    error: Any, rich: status_pb2.Status | None, target: str, request_id: str, has_token: bool, secure: bool
+) -> ClientError:
     code: grpc.StatusCode = error.code()
     details = str(error.details() or "")
-    rich = _rich_status(error)
     info = _detail(rich, error_details_pb2.ErrorInfo)
     about = {"code": code.name, "reason": info.reason if info else "", "request_id": request_id}
     message = _shortened(rich.message if rich and rich.message else details)
@@ -165,9 +173,7 @@ def from_rpc(error: Any, *, target: str, request_id: str, has_token: bool, secur
         kind = ModelNotFound if info and info.reason == "MODEL_NOT_FOUND" else NotFound
         return kind(message, **about)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not _MESSAGE_SIZE.search(details):
-        retry = _detail(rich, error_details_pb2.RetryInfo)
-        seconds = retry.retry_delay.ToTimedelta().total_seconds() if retry else None
-        return Overloaded(message or "the server is full", seconds, **about)
+        return Overloaded(message or "the server is full", **about)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(_too_late(message, about["reason"], target), **about)
     if code is grpc.StatusCode.UNAVAILABLE:

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable
 
-from accord.client.errors import ClientError, Overloaded, Unavailable
+from accord.client.errors import ClientError, Unavailable
 from accord.errors import ConfigError
 
 _log = logging.getLogger("accord.client")
@@ -85,7 +85,7 @@ class Attempts:
             raise error
         # Full jitter, so that clients refused together do not come back together.
         delay_s = self._uniform(0.0, self._policy.ceiling_s(self.failures))
-        if isinstance(error, Overloaded) and error.retry_after_s is not None:
+        if error.retry_after_s is not None:
             delay_s += error.retry_after_s
         if self._clock() + delay_s >= self._deadline:
             raise error

@@ -166,6 +166,9 @@ class Backend:
             decided = total.get("good", 0.0) + total.get("bad", 0.0)
             if decided:
                 values["good_ratio"] = total["good"] / decided
+            agreement = progress.agreement.get("total")
+            if agreement is not None and agreement.alpha is not None:
+                values["agreement_alpha"] = agreement.alpha
             found[campaign.campaign_id] = values
         return found
 

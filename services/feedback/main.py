@@ -7,6 +7,7 @@ import contextlib
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +15,12 @@ from typing import Annotated, Any
 import typer
 import uvicorn
 from prometheus_client import start_http_server
+from rich.console import Console
 
 from accord.cli.common import errors_shown
 from accord.config import load_yaml, redact_url, validate
 from accord.errors import ConfigError
+from accord.tokens import default_secret_path, read_secret
 from services.feedback.app import create_app
 from services.feedback.backend import Backend
 from services.feedback.config import FeedbackServiceConfig
@@ -72,6 +75,37 @@ def invite(
                 typer.echo(f"{rater}\t{invite_link(backend, campaign, rater, hours)['url']}")
 
 
+@app.command()
+def rate(
+    campaign: Annotated[str, typer.Argument(help="The campaign's id.")],
+    address: Annotated[str, typer.Option("--address", help="The service's gRPC port, HOST:PORT.")],
+    token_file: Annotated[
+        Path | None, typer.Option("--token-file", help="A file with a token that has the scope rate.")
+    ] = None,
+    certificates: Annotated[
+        Path | None, typer.Option("--certificates", help="PEM certificates to trust, for TLS.")
+    ] = None,
+    grammar: Annotated[str, typer.Option("--grammar", help="The grammar of the prompts.")] = "shapes",
+    seed: Annotated[int, typer.Option("--seed", help="Of what the raters say.")] = 0,
+) -> None:
+    """Have the simulated raters of the world of shapes judge a campaign, all of them at once."""
+    from services.feedback.raters import Door, rate_campaign  # torch: seconds that only this needs
+
+    with errors_shown():
+        token = read_secret(token_file or default_secret_path())
+        door = Door(address, token, certificates.read_bytes() if certificates else None)
+        console = Console(stderr=True)
+        with console.status("Raters are judging …") as status:
+            total = rate_campaign(
+                door,
+                campaign,
+                grammar=grammar,
+                seed=seed,
+                on_answer=lambda count: status.update(f"Raters are judging: {count} answers"),
+            )
+        typer.echo(f"{total} answers")
+
+
 def read_config(path: Path | None, overrides: list[str], **options: Any) -> FeedbackServiceConfig:
     """The settings of a file, of "key=value" overrides, and of options, the later ones first.
 
@@ -96,8 +130,12 @@ class Service:
     def __init__(self, config: FeedbackServiceConfig) -> None:
         self._config = config
         self._stop = asyncio.Event()
+        self.serving = threading.Event()
+        """Set when it answers on all of its ports."""
         self.addresses: dict[str, str] = {}
-        """Where it listens: of "page", "gRPC" and "metrics"; filled when it does."""
+        """Where it listens: of "page", "gRPC" and "metrics"."""
+        self.port = 0
+        """The page's port on this machine."""
 
     def stop(self) -> None:
         """Begin to end, from within the event loop."""
@@ -115,10 +153,10 @@ class Service:
                 grpc_server = GrpcServer(backend)
                 page = _PageServer(_page_config(backend))
                 with _metrics(backend) as metrics_port:
-                    self._say(config, grpc_server.port, metrics_port)
                     if handle_signals:
                         self._handle_signals()
                     await grpc_server.start()
+                    self._say(config, grpc_server.port, metrics_port)
                     serving = asyncio.create_task(page.serve(sockets=[page_socket]))
                     await asyncio.wait(
                         [serving, asyncio.create_task(self._stop.wait())], return_when=asyncio.FIRST_COMPLETED
@@ -133,6 +171,7 @@ class Service:
             loop.add_signal_handler(number, self.stop)
 
     def _say(self, config: FeedbackServiceConfig, grpc_port: int, metrics_port: int) -> None:
+        self.port = config.port
         self.addresses = {
             "page": config.site,
             "gRPC": f"{config.host}:{grpc_port}",
@@ -141,6 +180,7 @@ class Service:
         print(f"Rating page  {config.site}  (operators: {config.site}/operator)")
         print(f"gRPC         {self.addresses['gRPC']}")
         print(f"Metrics      {self.addresses['metrics']}", flush=True)
+        self.serving.set()
 
 
 class _PageServer(uvicorn.Server):

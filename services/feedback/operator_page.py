@@ -113,7 +113,7 @@ def _standing(backend: Backend, campaign_id: str) -> dict[str, Any]:
             "categories": (),
             "prompts": (),
             "raters": (),
-            "agreement": (),
+            "agreement": {},
         }
     progress = backend.campaigns.progress(chosen)
     prompts = sorted(_good_rates(progress.shares_by_prompt), key=lambda row: (row[1], row[0]))
@@ -123,7 +123,7 @@ def _standing(backend: Backend, campaign_id: str) -> dict[str, Any]:
         "categories": _good_rates(progress.shares),
         "prompts": prompts[:_PROMPTS_SHOWN],
         "raters": backend.campaigns.raters(chosen),
-        "agreement": (),
+        "agreement": progress.agreement,
     }
 
 

@@ -173,8 +173,14 @@ def test_a_wait_beyond_the_deadline_is_not_waited(client: Client, faulty: Faulty
     with pytest.raises(api.Overloaded, match="full") as caught:
         client.generate(PROMPT, timeout_s=60)
     assert caught.value.retry_after_s == 3600
+    faulty.faults = [
+        rich_fault(Code.UNAVAILABLE, "not ready", "NOT_READY", server.retry_info(3600)),
+    ]
+    with pytest.raises(api.Unavailable, match="not ready") as waiting:
+        client.generate(PROMPT, timeout_s=60)
+    assert waiting.value.retry_after_s == 3600
     assert caught.value.reason == "CAPACITY_EXHAUSTED"
-    assert len(faulty.requests) == 1
+    assert len(faulty.requests) == 2
 
 
 BAD = error_details_pb2.BadRequest(

@@ -38,8 +38,11 @@ def test_the_jitter_is_full() -> None:
 
 def test_a_server_that_says_when_is_not_asked_earlier(now: list[float]) -> None:
     made = attempts(now, initial_backoff_s=0.5)
-    assert made.delay_after(Overloaded("full", 7.0), reached=True) == 7.5
-    assert made.delay_after(Overloaded("full"), reached=True) == 1.0
+    for kind, ceiling_s in ((Overloaded, 0.5), (Unavailable, 1.0)):
+        error = kind("not now")
+        error.retry_after_s = 7.0
+        assert made.delay_after(error, reached=True) == 7.0 + ceiling_s
+    assert made.delay_after(Overloaded("full"), reached=True) == 2.0
 
 
 def test_no_wait_goes_beyond_the_deadline(now: list[float]) -> None:

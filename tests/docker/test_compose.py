@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.client.certificates import Authority
 from tests.k8s.test_rules import promtool
+from tests.lanes import missing
 
 FOLDER = Path(__file__).parents[2] / "docker"
 TEXT = (FOLDER / "compose.yaml").read_text(encoding="utf-8")
@@ -124,6 +127,16 @@ def test_serve_reads_its_config() -> None:
     assert arguments["generation"]["num_gpus"] + arguments["reward"]["num_gpus"] <= 1
 
 
+def test_the_services_read_their_configs() -> None:
+    from accord.config import load_yaml, validate
+    from services.config import ServeConfig
+    from services.feedback.config import FeedbackServiceConfig
+
+    config = yaml.safe_load((FOLDER / "compose" / "serve.yaml").read_text(encoding="utf-8"))
+    validate(ServeConfig, config["applications"][0]["args"], "compose/serve.yaml")
+    load_yaml(FeedbackServiceConfig, FOLDER / "compose" / "feedback.yaml")
+
+
 def test_the_proxy_leads_to_services_ports() -> None:
     text = (FOLDER / "compose" / "nginx.conf").read_text(encoding="utf-8")
     targets = set(re.findall(r"(?:http|grpc)://(\w+):(\d+)", text))
@@ -134,6 +147,28 @@ def test_the_proxy_leads_to_services_ports() -> None:
         ("feedback", str(feedback["grpc_port"])),
         ("serve", str(serve["grpc_options"]["port"])),
     }
+
+
+@pytest.mark.nginx
+def test_nginx_reads_its_config(tmp_path: Path) -> None:
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+    if program is None:
+        missing("there is no nginx")
+    signed = Authority(tmp_path).sign("server")
+    text = (FOLDER / "compose" / "nginx.conf").read_text(encoding="utf-8")
+    changes = {
+        "/tmp/": f"{tmp_path}/",  # first: the others lie there
+        "/run/secrets/tls_certificate": str(signed.certificate),
+        "/run/secrets/tls_key": str(signed.key),
+        "/dev/stderr": f"{tmp_path}/log",
+    }
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    config = tmp_path / "nginx.conf"
+    config.write_text(text, encoding="utf-8")
+    done = subprocess.run([program, "-t", "-c", config], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.prometheus

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.k8s.manifests import Manifest, build, named, of_kind
+from tests.k8s.manifests import K8S, Manifest, build, named, of_kind
 
 SERVING = ["base", "overlays/local", "overlays/production", "overlays/everything"]
 
@@ -25,6 +27,49 @@ def test_serve_reads_the_config(name: str) -> None:
     read = ServeDeploySchema.model_validate(config)
     assert len(read.applications) == 1, "with two, clients and probes would have to name theirs"
     assert read.grpc_options.request_timeout_s
+
+
+@pytest.mark.parametrize("name", SERVING)
+def test_the_services_read_their_config(name: str) -> None:
+    from accord.config import validate
+    from services.config import GATEWAY, GENERATION, LIMITER, REWARD, SERVICER_FUNCTIONS, ServeConfig
+
+    service, config = _serving(name)
+    (application,) = config["applications"]
+    read = validate(ServeConfig, application["args"], name)
+    assert tuple(config["grpc_options"]["grpc_servicer_functions"]) == SERVICER_FUNCTIONS
+    assert {part["name"] for part in application["deployments"]} == {GATEWAY, GENERATION, LIMITER, REWARD}
+    largest = read.gateway.user_config.limits.max_request_bytes
+    for group in (service["spec"]["rayClusterConfig"]["headGroupSpec"], *_groups(service)):
+        environment = {v["name"]: v.get("value") for v in group["template"]["spec"]["containers"][0]["env"]}
+        assert int(environment["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"]) > largest
+    (gateway,) = [group for group in _groups(service) if group["groupName"] == "gateway"]
+    mounts = [mount["mountPath"] for mount in gateway["template"]["spec"]["containers"][0]["volumeMounts"]]
+    assert str(Path(read.gateway.tokens).parent) in mounts, "the gateway could not read who may call"
+
+
+def test_the_feedback_service_reads_its_config() -> None:
+    from accord.config import load_yaml
+    from services.feedback.config import FeedbackServiceConfig
+
+    for name in ("base", "overlays/production"):
+        manifests = build(name)
+        (container,) = named(manifests, "Deployment", "feedback")["spec"]["template"]["spec"]["containers"]
+        arguments = container["args"]
+        overrides = [value for key, value in itertools.pairwise(arguments) if key == "--set"]
+        read = load_yaml(FeedbackServiceConfig, K8S / "base" / "config" / "feedback.yaml", overrides)
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert ports == {"http": read.port, "grpc": read.grpc_port, "metrics": read.metrics_port}
+        mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert read.tokens is not None
+        assert {str(read.state_dir), str(read.tokens.parent), "/runs"} <= mounts
+        if name == "overlays/production":
+            assert read.url.startswith("postgresql://"), "two pods would each have a SQLite of their own"
+
+
+def _groups(service: Manifest) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    return groups
 
 
 @pytest.mark.parametrize("name", SERVING)
@@ -186,7 +231,6 @@ def test_the_jobs_recipe_reads_with_its_settings(name: str) -> None:
     import shlex
 
     from accord.recipe import load_recipe
-    from tests.k8s.manifests import K8S
 
     settings = named(build(name), "ConfigMap", "accord-job")["data"]
     arguments = shlex.split(settings["ACCORD_SETTINGS"])
@@ -197,7 +241,6 @@ def test_the_jobs_recipe_reads_with_its_settings(name: str) -> None:
 
 def test_production_has_the_nodes_that_its_recipe_asks_for() -> None:
     from accord.recipe import load_recipe
-    from tests.k8s.manifests import K8S
 
     settings = named(build("overlays/production"), "ConfigMap", "accord-job")["data"]
     ray = load_recipe(K8S.parent / settings["ACCORD_RECIPE"].removeprefix("/app/")).ray

@@ -40,8 +40,9 @@ def test_reads_at_least_97_percent_of_reconstructions(scenes: list[Scene]) -> No
         .float()
         .eval()
     )
-    images = torch.from_numpy(np.stack([render(s) for s in scenes])).permute(0, 3, 1, 2)
-    found = shares(read(reconstruct(vae, images).permute(0, 2, 3, 1).numpy()), scenes)
+    some = scenes[:400]  # a share of 0.97 to within 0.02
+    images = torch.from_numpy(np.stack([render(s) for s in some])).permute(0, 3, 1, 2)
+    found = shares(read(reconstruct(vae, images).permute(0, 2, 3, 1).numpy()), some)
     assert min(found.values()) >= 0.97, found
 
 

@@ -60,6 +60,6 @@ def test_fidelity_prefers_real_renders_over_noise(prompt: Prompt) -> None:
     rng = np.random.default_rng(0)
     real = [render(Scene("heart", "blue", 1, "in the sky", seed)) for seed in range(4)]
     noisy = [np.clip(i + rng.normal(0, 60, i.shape), 0, 255).astype(np.uint8) for i in real]
-    votes = SimulatedPanel(0).compare("fidelity", prompt, real, noisy, "k")
-    assert sum(votes) >= 7
-    assert sum(SimulatedPanel(0).compare("fidelity", prompt, noisy, real, "k")) <= -7
+    panel = SimulatedPanel(0)
+    assert sum(panel.compare("fidelity", prompt, real, noisy, "k")) >= 7
+    assert sum(panel.compare("fidelity", prompt, noisy, real, "k")) <= -7

@@ -111,9 +111,10 @@ function choose(index, value) {
   if (!current) return;
   current.choice[index] = value;
   if (!comparison) {
-    const after = [...current.task.images.keys()].filter((i) => !current.choice[i]);
-    const next = after.find((i) => i > index) ?? after[0];
-    if (next !== undefined) active = next;
+    // To the next that is not judged; when all are, as after an undo, to the next one.
+    const count = current.task.images.length;
+    const open = [...Array(count).keys()].filter((i) => !current.choice[i]);
+    active = open.find((i) => i > index) ?? open[0] ?? Math.min(index + 1, count - 1);
   }
   showChoice();
   if (complete(current)) say("Judged. Press Enter to save.");
@@ -276,6 +277,7 @@ function showState() {
     $("progress").value = progress.answered;
     $("count").textContent = `${progress.mine} saved by you`;
   }
+  document.body.dataset.held = queue.length;
   const rest = !queue.length || Boolean(outbox.ended);
   $("work").hidden = rest;
   $("rest").hidden = !rest;

@@ -1,0 +1,84 @@
+"""What the path costs: ScoreImages of a batch of pairs against the reward model in this process.
+
+python -m benchmarks.scoring --pairs 64 --repeats 15
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from accord.images import encode_png
+from accord.prompts import load_grammar
+from accord.v1 import reward_pb2
+from benchmarks.remote import Client, started
+from benchmarks.rivals import Settings
+from benchmarks.tables import describe, spread, table, write_json
+from benchmarks.traffic import PROMPTS
+
+MODEL = "pkg://accord.shapes/weights/diffusion"
+REWARD = "pkg://accord.shapes/weights/clip"
+
+
+def main(
+    reward: Annotated[
+        str, typer.Option(help="The reward model's directory; it must be the server's.")
+    ] = REWARD,
+    pairs: Annotated[int, typer.Option(help="In a request.")] = 64,
+    size: Annotated[int, typer.Option(help="Height and width of the images, in pixels.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Calls of each, in turn.")] = 15,
+    threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 1,
+    json: Annotated[Path | None, typer.Option(help="Where to write all numbers.")] = None,
+) -> None:
+    """Prints a Markdown table: milliseconds for a batch, both ways, and their ratio."""
+    from services.reward.deployment import ScoreRequest, load_reward, score_all
+
+    torch.set_num_threads(threads)
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(pairs)]
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(pairs)]
+    model, grammar = load_reward(reward), load_grammar("shapes")
+    asked = ScoreRequest(model.digest, tuple(images), tuple(prompts), True)
+    message = reward_pb2.ScoreImagesRequest(
+        pairs=[
+            reward_pb2.ImagePrompt(image=encode_png(image), prompt=prompt)
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+    )
+    with started("accord", Settings(MODEL, threads=threads)) as remote:
+        client = Client(remote)
+
+        def served() -> None:
+            answer = client.reward.ScoreImages(message, metadata=remote.metadata(), timeout=120)
+            if len(answer.scores) != pairs:
+                raise SystemExit(f"asked for {pairs} scores, got {len(answer.scores)}")
+
+        def direct() -> None:
+            score_all([(model, asked)], grammar, 10)
+
+        calls: dict[str, Callable[[], None]] = {"direct": direct, "served": served}
+        times_ms: dict[str, list[float]] = {name: [] for name in calls}
+        for repeat in range(repeats + 2):
+            for name, call in calls.items():
+                begun_s = time.perf_counter()
+                call()
+                if repeat >= 2:  # the first ones warm up
+                    times_ms[name].append(1e3 * (time.perf_counter() - begun_s))
+            print(f"{repeat + 1} of {repeats + 2}", file=sys.stderr)
+        client.close()
+    ratios = [served / direct for direct, served in zip(times_ms["direct"], times_ms["served"], strict=True)]
+    print(f"\n{describe('cpu')}; {pairs} pairs of {size} x {size} pixels\n")
+    row = [spread(times_ms["direct"]), spread(times_ms["served"]), spread(ratios)]
+    print(table(["direct ms", "served ms", "served / direct"], [row]))
+    write_json(json, "cpu", {"pairs": pairs, "repeats": repeats}, times_ms)
+
+
+if __name__ == "__main__":
+    typer.run(main)
