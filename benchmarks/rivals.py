@@ -40,6 +40,8 @@ class Settings:
     """Rows of the UNet's batch."""
     capacity: int = 4096
     """accord: candidates that are admitted at a time."""
+    own_process: bool = False
+    """accord: the engine in a process of its own."""
     rate: float = 100_000.0
     """accord: requests a second that one token may send."""
 
@@ -137,6 +139,7 @@ def accord_server(settings: Settings, port: int, folder: Path) -> Iterator[list[
         [
             f"generation.engine.device={settings.device}",
             f"generation.engine.threads={settings.threads}",
+            f"generation.engine.own_process={str(settings.own_process).lower()}",
             f"generation.engine.options={{max_batch: {settings.max_batch}}}",
             f"{limits}.capacity_candidates={settings.capacity}",
             f"{limits}.default={{requests_per_second: {settings.rate}, burst: 100000, "

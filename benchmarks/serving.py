@@ -39,11 +39,12 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
     wait_s: Annotated[float, typer.Option(help="How long static batching waits.")] = 1.0,
     max_batch: Annotated[int, typer.Option(help="Rows of the UNet's batch.")] = 64,
+    own_process: Annotated[bool, typer.Option(help="Accord's engine in a process of its own.")] = False,
     json: Annotated[Path | None, typer.Option(help="Where to write all numbers.")] = None,
 ) -> None:
     """Prints a Markdown table of images per second and latency."""
     torch.set_num_threads(threads)
-    settings = Settings(model, device, threads, wait_s, max_batch)
+    settings = Settings(model, device, threads, wait_s, max_batch, own_process=own_process)
     runs: list[dict[str, Any]] = []
     for repeat in range(repeats):
         ceiling = measure_ceiling(resolve_path(model), device)

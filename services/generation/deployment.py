@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from accord.config import resolve_path, validate
 from accord.diffusion.engine import Engine, EngineConfig, EngineFull, SampleSpec, Ticket
 from accord.diffusion.model import DiffusionModel, load_diffusion_model
+from accord.diffusion.process_engine import ProcessEngine
 from accord.errors import ConfigError
 from services.config import GenerationSettings
 from services.metrics import EngineMetrics
@@ -78,7 +79,12 @@ class Generation:
         engine = self._settings.engine
         torch.set_num_threads(engine.threads)
         config = validate(EngineConfig, dict(engine.options), "generation.engine.options")
-        self._engine = Engine(config, device=engine.device, dtype=getattr(torch, engine.dtype))
+        dtype = getattr(torch, engine.dtype)
+        self._engine: Engine | ProcessEngine = (
+            ProcessEngine(config, device=engine.device, dtype=dtype, threads=engine.threads)
+            if engine.own_process
+            else Engine(config, device=engine.device, dtype=dtype)
+        )
         self._shelf: Shelf[DiffusionModel] = Shelf(
             load_model,
             lambda model: model.digest,
