@@ -14,6 +14,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from accord.images import decode_image
 from accord.v1 import generation_pb2 as pb
 from accord.v1 import generation_pb2_grpc, reward_pb2_grpc
 
@@ -79,6 +80,12 @@ def make_spec(
     prompt: str = PROMPT, steps: int = 4, guidance_scale: float = 1.0, **spec: Any
 ) -> pb.GenerationSpec:
     return pb.GenerationSpec(prompt=prompt, steps=steps, guidance_scale=guidance_scale, **spec)
+
+
+def same_pixels(one: pb.Image, other: pb.Image) -> bool:
+    """Equal within 1/255: what shares a batch may change the last bit."""
+    first, second = (decode_image(image.data).astype(int) for image in (one, other))
+    return first.shape == second.shape and int(abs(first - second).max()) <= 1
 
 
 def details(error: grpc.RpcError) -> dict[str, Any]:
