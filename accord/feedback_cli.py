@@ -178,8 +178,8 @@ def _shares(progress: "Progress") -> Table:
         table.add_row(
             _plain(name),
             *cells,
-            _number(agreement and agreement.alpha),
-            _number(agreement and agreement.kappa),
+            _number(agreement.alpha if agreement else None),
+            _number(agreement.kappa if agreement else None),
         )
     return table
 

@@ -25,7 +25,6 @@ from accord.feedback.campaign_tables import (
     TASKS_PER_CAMPAIGN,
     answers,
     campaign_raters,
-    campaigns,
     exclusions,
     places,
     tasks,
@@ -50,6 +49,11 @@ class Desk:
     campaign: Row[Any]
     rater: str
     now_ms: int
+    cursor: int
+    """The last task that the rater got in order."""
+    leases: int
+    """How many new tasks he has got."""
+    last_answer_ms: int
 
     @property
     def expires_ms(self) -> int:
@@ -63,17 +67,24 @@ def sit_down(connection: Connection, campaign: Row[Any], rater: str, now_ms: int
         ExcludedError: the rater was excluded.
     """
     row = {"campaign": campaign.number, "rater": rater, "cursor": 0, "leases": 0, "last_answer_ms": 0}
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    connection.execute(dialect.insert(campaign_raters).values(row).on_conflict_do_nothing())
-    connection.execute(select(campaign_raters.c.rater).where(_seat(campaign, rater)).with_for_update())
+    stored = upsert(connection)(campaign_raters).values(row)
+    locked = stored.on_conflict_do_update(
+        index_elements=["campaign", "rater"], set_={"leases": campaign_raters.c.leases}
+    ).returning(campaign_raters.c.cursor, campaign_raters.c.leases, campaign_raters.c.last_answer_ms)
+    seat = connection.execute(locked).one()
     found = connection.execute(select(exclusions.c.rater).where(exclusions.c.rater == rater)).first()
     if found is not None:
         raise ExcludedError(f"the rater {rater!r} was excluded; judgements of his are no longer taken")
-    return Desk(connection, campaign, rater, now_ms)
+    return Desk(connection, campaign, rater, now_ms, *seat)
 
 
-def _seat(campaign: Row[Any], rater: str) -> ColumnElement[bool]:
-    return and_(campaign_raters.c.campaign == campaign.number, campaign_raters.c.rater == rater)
+def upsert(connection: Connection) -> Any:
+    """The `insert` of the database's dialect, which knows ON CONFLICT."""
+    return sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+
+
+def _seat(desk: Desk) -> ColumnElement[bool]:
+    return and_(campaign_raters.c.campaign == desk.campaign.number, campaign_raters.c.rater == desk.rater)
 
 
 def moment(now_ms: int) -> datetime.datetime:
@@ -85,20 +96,18 @@ def task_name(campaign_id: str, task: int) -> str:
     return f"{campaign_id}.{task % TASKS_PER_CAMPAIGN}"
 
 
-def find_task(connection: Connection, task_id: str) -> tuple[Row[Any], int]:
-    """The campaign and the task's id.
+def parse_task(task_id: str) -> tuple[str, int]:
+    """The campaign's id and the task's number in it.
 
     Raises:
-        NotFoundError: there is no such task.
+        NotFoundError: no task can have this id.
     """
     name, _, number = str(task_id).rpartition(".")
-    campaign = connection.execute(select(campaigns).where(campaigns.c.campaign_id == name)).first()
-    plain = number.isascii() and number.isdigit() and len(number) <= 10
-    if campaign is not None and plain and int(number) < TASKS_PER_CAMPAIGN:
-        task = campaign.number * TASKS_PER_CAMPAIGN + int(number)
-        if connection.execute(select(tasks.c.id).where(tasks.c.id == task)).first() is not None:
-            return campaign, task
-    raise NotFoundError(f"there is no task {task_id!r}")
+    if not name or not (number.isascii() and number.isdigit() and len(number) <= 10):
+        raise NotFoundError(f"there is no task {task_id!r}")
+    if int(number) >= TASKS_PER_CAMPAIGN:
+        raise NotFoundError(f"there is no task {task_id!r}")
+    return name, int(number)
 
 
 def lease(desk: Desk, besides: str | None) -> Task | None:
@@ -124,8 +133,14 @@ def lease(desk: Desk, besides: str | None) -> Task | None:
         )
         if renewed.rowcount:
             return _shown(desk, row.id, row)
-    found = _gold(desk) or _returned(desk) or _in_order(desk) or _last_look(desk)
-    return None if found is None else _take(desk, found)
+    found = _gold(desk) or _returned(desk)
+    if found is not None:
+        return _take(desk, found, desk.cursor)
+    found = _in_order(desk)
+    if found is not None:
+        return _take(desk, found, found.id)
+    found = _last_look(desk)
+    return None if found is None else _take(desk, found, desk.cursor)
 
 
 def _range(campaign: Row[Any]) -> tuple[int, int]:
@@ -152,9 +167,7 @@ def _not_mine(desk: Desk) -> ColumnElement[bool]:
 
 def _gold(desk: Desk) -> Row[Any] | None:
     """A gold task, when it is time for one: at a place in each `GOLD_EVERY` that the rater cannot guess."""
-    query = select(campaign_raters.c.leases).where(_seat(desk.campaign, desk.rater))
-    leases = desk.connection.execute(query).scalar_one()
-    block, place = divmod(leases, GOLD_EVERY)
+    block, place = divmod(desk.leases, GOLD_EVERY)
     drawn = hashlib.sha256(f"gold {desk.campaign.seed} {desk.rater} {block}".encode()).digest()
     if place != drawn[0] % GOLD_EVERY:
         return None
@@ -176,22 +189,14 @@ def _returned(desk: Desk) -> Row[Any] | None:
 
 def _in_order(desk: Desk) -> Row[Any] | None:
     """The next open task after the last that the rater got in order: found at once, however many."""
-    cursor = desk.connection.execute(
-        select(campaign_raters.c.cursor).where(_seat(desk.campaign, desk.rater))
-    ).scalar_one()
     query = (
         select(tasks)
-        .where(tasks.c.taken < tasks.c.wanted, tasks.c.id > cursor, _not_mine(desk))
+        .where(tasks.c.taken < tasks.c.wanted, tasks.c.id > desk.cursor, _not_mine(desk))
         .order_by(tasks.c.id)
         .limit(1)
         .with_for_update(skip_locked=True, of=tasks)
     )
-    found = desk.connection.execute(query).first()
-    if found is not None:
-        desk.connection.execute(
-            update(campaign_raters).where(_seat(desk.campaign, desk.rater)).values(cursor=found.id)
-        )
-    return found
+    return desk.connection.execute(query).first()
 
 
 def _last_look(desk: Desk) -> Row[Any] | None:
@@ -207,29 +212,26 @@ def _last_look(desk: Desk) -> Row[Any] | None:
     return None
 
 
-def _take(desk: Desk, task: Row[Any]) -> Task:
-    _occupy(desk, task, "leased")
-    desk.connection.execute(
-        update(campaign_raters)
-        .where(_seat(desk.campaign, desk.rater))
-        .values(leases=campaign_raters.c.leases + 1)
-    )
+def _take(desk: Desk, task: Row[Any], cursor: int) -> Task:
+    _occupy(desk, task)
+    values = {"leases": desk.leases + 1, "cursor": cursor}
+    desk.connection.execute(update(campaign_raters).where(_seat(desk)).values(values))
     return _shown(desk, task.id, task)
 
 
-def _occupy(desk: Desk, task: Row[Any], state: str) -> None:
-    """Gives the rater a place of a task whose lock we hold and that has one free."""
+def _occupy(desk: Desk, task: Row[Any]) -> None:
+    """Leases the rater a place of a task whose lock we hold and that has one free."""
     slot = None
     if task.gold is None:
-        query = select(places.c.slot).where(places.c.task == task.id, places.c.slot.is_not(None))
-        used = set(desk.connection.execute(query).scalars())
-        slot = min(set(range(task.wanted)) - used)
+        slot = 0
+        if task.taken:
+            query = select(places.c.slot).where(places.c.task == task.id, places.c.slot.is_not(None))
+            slot = min(set(range(task.wanted)) - set(desk.connection.execute(query).scalars()))
     values = {
-        "state": state, "slot": slot, "leased_ms": desk.now_ms, "expires_ms": desk.expires_ms
+        "state": "leased", "slot": slot, "leased_ms": desk.now_ms, "expires_ms": desk.expires_ms
     }  # fmt: skip
-    mine = and_(places.c.task == task.id, places.c.rater == desk.rater)
-    if not desk.connection.execute(update(places).where(mine).values(values)).rowcount:
-        desk.connection.execute(insert(places).values(task=task.id, rater=desk.rater, **values))
+    new = upsert(desk.connection)(places).values(task=task.id, rater=desk.rater, **values)
+    desk.connection.execute(new.on_conflict_do_update(index_elements=["task", "rater"], set_=values))
     _count(desk.connection, task.id, taken=1)
 
 
@@ -246,14 +248,19 @@ def _count(
     connection.execute(update(tasks).where(tasks.c.id == task).values(values))
 
 
-def submit(desk: Desk, task: int, answer: object, key: str) -> bool:
+def submit(desk: Desk, number: int, answer: object, key: str) -> bool:
     """Counts an answer; False when this very answer was counted before.
 
     Raises:
+        NotFoundError: the campaign has no task of this number.
         AnsweredError, LeaseError: it cannot be counted; the message says why.
         FeedbackError: it is no answer to this task, or the key was used for another.
     """
-    locked = desk.connection.execute(select(tasks).where(tasks.c.id == task).with_for_update()).one()
+    task = desk.campaign.number * TASKS_PER_CAMPAIGN + number
+    name = task_name(desk.campaign.campaign_id, task)
+    locked = desk.connection.execute(select(tasks).where(tasks.c.id == task).with_for_update()).first()
+    if locked is None:
+        raise NotFoundError(f"there is no task {name!r}")
     given = check_answer(desk.campaign.kind, len(json.loads(locked.images)), answer)
     text = json.dumps(given)
     if _counted_before(desk, key, task, "answer", text):
@@ -261,7 +268,6 @@ def submit(desk: Desk, task: int, answer: object, key: str) -> bool:
     place = desk.connection.execute(
         select(places).where(places.c.task == task, places.c.rater == desk.rater)
     ).first()
-    name = task_name(desk.campaign.campaign_id, task)
     if place is None:
         raise LeaseError(f"the task {name!r} was never leased to {desk.rater!r}; lease it first")
     if place.state == "answered":
@@ -275,7 +281,7 @@ def submit(desk: Desk, task: int, answer: object, key: str) -> bool:
                 f"the lease of the task {name!r} ran out, and others have judged it since; this answer was "
                 "not counted, lease another task"
             )
-        _occupy(desk, locked, "leased")
+        _occupy(desk, locked)
     _record(desk, locked, place.leased_ms, given, text, key)
     return True
 
@@ -296,14 +302,12 @@ def _counted_before(desk: Desk, key: str, task: int | None, kind: str, text: str
 
 def _record(desk: Desk, task: Row[Any], leased_ms: int, given: list[str] | str, text: str, key: str) -> None:
     connection = desk.connection
-    seat = _seat(desk.campaign, desk.rater)
-    last_ms = connection.execute(select(campaign_raters.c.last_answer_ms).where(seat)).scalar_one()
     # A task that was fetched ahead was not looked at before the one before it was answered.
-    seconds = max(0, desk.now_ms - max(leased_ms, last_ms)) / 1000
+    seconds = max(0, desk.now_ms - max(leased_ms, desk.last_answer_ms)) / 1000
     mine = and_(places.c.task == task.id, places.c.rater == desk.rater)
     connection.execute(update(places).where(mine).values(state="answered"))
     _count(connection, task.id, answered=1)
-    connection.execute(update(campaign_raters).where(seat).values(last_answer_ms=desk.now_ms))
+    connection.execute(update(campaign_raters).where(_seat(desk)).values(last_answer_ms=desk.now_ms))
     now = moment(desk.now_ms)
     event = {
         "idempotency_key": key, "campaign": desk.campaign.number, "task": task.id, "rater": desk.rater,

@@ -235,7 +235,6 @@ def raters(connection: Connection, campaign: Row[Any]) -> list[Rater]:
     given: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     gold: dict[str, Counter[bool]] = defaultdict(Counter)
     truth: dict[tuple[str, str], bool] = {}
-    judged: Counter[str] = Counter()
     query = (
         select(
             tasks.c.prompt, tasks.c.images, tasks.c.gold, answers.c.rater, answers.c.answer, answers.c.seconds
@@ -258,13 +257,10 @@ def raters(connection: Connection, campaign: Row[Any]) -> list[Rater]:
         for image, verdict in zip(json.loads(images), verdicts, strict=True):
             if verdict != "skip":
                 given[image, prompt][rater] = verdict
-                judged[rater] += 1
-    agree: dict[str, Counter[bool]] = defaultdict(Counter)
-    for votes_of in given.values():
-        for rater, verdict in votes_of.items():
-            others = [other for name, other in votes_of.items() if name != rater]
-            agree[rater].update(other == verdict for other in others)
-    reliability = _reliability(given, truth, set(why))
+    agree = _agreements(given)
+    told = {key: item for key, item in given.items() if len(item) > 1 or key in truth}
+    judged = Counter(rater for item in told.values() for rater in item)
+    reliability = _reliability(told, truth, set(why))
     return [
         Rater(
             rater=name,
@@ -282,18 +278,25 @@ def raters(connection: Connection, campaign: Row[Any]) -> list[Rater]:
     ]
 
 
+def _agreements(given: dict[tuple[str, str], dict[str, str]]) -> dict[str, Counter[bool]]:
+    """How often each rater said of an image what another did, and how often not."""
+    agree: dict[str, Counter[bool]] = defaultdict(Counter)
+    for votes_of in given.values():
+        for rater, verdict in votes_of.items():
+            others = [other for name, other in votes_of.items() if name != rater]
+            agree[rater].update(other == verdict for other in others)
+    return agree
+
+
 def _reliability(
     given: dict[tuple[str, str], dict[str, str]], truth: dict[tuple[str, str], bool], excluded: set[str]
 ) -> Mapping[str, float]:
-    """Estimated from the votes of those who are not excluded, where more than one judged the same."""
-    votes_of = {
+    """Estimated from the votes of those who are not excluded."""
+    votes: dict[Hashable, dict[str, bool]] = {
         key: {rater: verdict == "good" for rater, verdict in item.items() if rater not in excluded}
         for key, item in given.items()
     }
-    shared: dict[Hashable, dict[str, bool]] = {
-        key: item for key, item in votes_of.items() if len(item) > 1 or (item and key in truth)
-    }
-    return weigh(shared, {key: known for key, known in truth.items() if key in shared}).reliability
+    return weigh(votes, dict(truth.items())).reliability
 
 
 def _share(counts: Counter[bool]) -> float | None:

@@ -35,6 +35,8 @@ from accord.feedback.campaign_tables import (
 from accord.feedback.database import Database
 from accord.feedback.tables import Judgement, check_text
 
+_SWEEP_EVERY_MS = 1000.0
+
 
 class Campaigns:
     """The campaigns of a feedback store (the same database as `FeedbackStore`).
@@ -51,6 +53,8 @@ class Campaigns:
         """
         self._database = Database(url)
         self._clock = clock
+        self._known: dict[str, Row[Any]] = {}  # campaigns do not change
+        self._swept_ms: dict[str, int] = {}
 
     def __repr__(self) -> str:
         return f"Campaigns({str(self._database)!r})"
@@ -180,14 +184,20 @@ class Campaigns:
             ExcludedError: the rater was excluded.
         """
         check_text("lease", "rater", rater)
-        self.expire(campaign_id)
+        campaign = self._campaign(campaign_id)
 
         def work(connection: Connection) -> Task | None:
-            campaign = _find(connection, campaign_id)
             desk = assignment.sit_down(connection, campaign, rater, self._now_ms())
             return assignment.lease(desk, besides)
 
-        return self._database.write(work)
+        # Looking for leases that ran out is cheap, but need not be done for every click.
+        seldom_ms = min(_SWEEP_EVERY_MS, campaign.lease_s * 500)
+        if self._now_ms() - self._swept_ms.get(campaign_id, 0) >= seldom_ms:
+            self.expire(campaign_id)
+        found = self._database.write(work)
+        if found is None and self.expire(campaign_id):
+            found = self._database.write(work)
+        return found
 
     def submit(self, task_id: str, rater: str, answer: Sequence[str] | str, *, idempotency_key: str) -> bool:
         """Counts an answer, durably; False when this very answer was counted before under this key.
@@ -208,10 +218,14 @@ class Campaigns:
         check_key(idempotency_key)
 
         def work(connection: Connection) -> bool:
-            campaign, task = assignment.find_task(connection, task_id)
             desk = assignment.sit_down(connection, campaign, rater, self._now_ms())
-            return assignment.submit(desk, task, answer, idempotency_key)
+            return assignment.submit(desk, number, answer, idempotency_key)
 
+        name, number = assignment.parse_task(task_id)
+        try:
+            campaign = self._campaign(name)
+        except NotFoundError:
+            raise NotFoundError(f"there is no task {task_id!r}") from None
         return self._database.write(work)
 
     def undo(self, campaign_id: str, rater: str, *, idempotency_key: str) -> str | None:
@@ -224,9 +238,9 @@ class Campaigns:
         """
         check_text("undo", "rater", rater)
         check_key(idempotency_key)
+        campaign = self._campaign(campaign_id)
 
         def work(connection: Connection) -> str | None:
-            campaign = _find(connection, campaign_id)
             desk = assignment.sit_down(connection, campaign, rater, self._now_ms())
             return assignment.undo(desk, idempotency_key)
 
@@ -239,8 +253,9 @@ class Campaigns:
             NotFoundError: there is no such campaign.
         """
         now_ms = self._now_ms()
+        campaign = self._campaign(campaign_id)
+        self._swept_ms[campaign_id] = now_ms
         with self._database.reading() as connection:
-            campaign = _find(connection, campaign_id)
             ran_out = select(places.c.id).where(places.c.state == "leased", places.c.expires_ms <= now_ms)
             if connection.execute(ran_out.limit(1)).first() is None:
                 return 0
@@ -353,6 +368,12 @@ class Campaigns:
         if found is None:
             raise NotFoundError(f"no served image {image_id!r} was recorded")
         return Judgement(f"served {idempotency_key}", found.image, found.prompt, rater, verdict)
+
+    def _campaign(self, campaign_id: str) -> Row[Any]:
+        if campaign_id not in self._known:
+            with self._database.reading() as connection:
+                self._known[campaign_id] = _find(connection, campaign_id)
+        return self._known[campaign_id]
 
     def _now_ms(self) -> int:
         return round(self._clock() * 1000)

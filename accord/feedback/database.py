@@ -18,6 +18,9 @@ from accord.feedback.migrations import migrate
 _BUSY_TIMEOUT_S = 30
 _CONNECT_TIMEOUT_S = 10
 _ATTEMPTS = 100
+# Kept open, and opened besides when many threads ask at once; PostgreSQL allows 100 in all by default.
+_CONNECTIONS = 10
+_MORE_CONNECTIONS = 30
 _WRITES = "accord_writes"
 # Any number will do, as long as everyone who makes the tables takes the same.
 _SCHEMA_LOCK = 0x6163636F7264
@@ -102,7 +105,12 @@ class Database:
         problem = ""
         try:
             engine = sqlalchemy.create_engine(
-                self._url, connect_args=options, pool_pre_ping=True, hide_parameters=True
+                self._url,
+                connect_args=options,
+                pool_pre_ping=True,
+                pool_size=_CONNECTIONS,
+                max_overflow=_MORE_CONNECTIONS,
+                hide_parameters=True,
             )
         except NoSuchModuleError:
             problem = (

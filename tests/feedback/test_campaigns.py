@@ -1,5 +1,7 @@
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from accord.feedback import (
     NotFoundError,
     Task,
 )
+from accord.feedback.snapshot import load_snapshot, write_snapshot
 
 MakeCandidate = Callable[..., Candidate]
 
@@ -299,6 +302,33 @@ def test_raters(campaigns: Campaigns, clock: Clock) -> None:
         ("bob", 4, 5.0, 0.5),
         ("cat", 4, 5.0, 0.0),
     ]
+
+
+def test_an_adversary_is_suspected_within_200_votes(
+    sqlite_store: FeedbackStore, tmp_path: Path, candidate: MakeCandidate
+) -> None:
+    """And with him excluded, or with weighted labels, the labels are right."""
+    accuracy = {"ann": 0.95, "bob": 0.8, "cat": 0.6, "eve": 0.1}
+    draw = random.Random(0)
+    truth = {f"{number:064x}": draw.random() < 0.5 for number in range(200)}
+    sqlite_store.add_candidates(candidate(number) for number in range(200))
+    with Campaigns(f"sqlite:///{tmp_path}/feedback.db") as campaigns:
+        campaigns.create_alignment("c", "Title", judgements_per_item=4, images_per_task=9)
+        for rater, right in accuracy.items():
+            while (task := campaigns.lease("c", rater)) is not None:
+                said = [truth[image] == (draw.random() < right) for image in task.images]
+                verdicts = ["good" if good else "bad" for good in said]
+                campaigns.submit(task.task_id, rater, verdicts, idempotency_key=f"{rater} {task.task_id}")
+        found = campaigns.raters("c")
+    assert [row.rater for row in found if row.suspected] == ["eve"]
+    for row in found:
+        assert row.reliability == pytest.approx(accuracy[row.rater], abs=0.12)
+    write_snapshot(sqlite_store, tmp_path / "snapshot", inputs={}, seed=0, aggregation="weighted")
+    frame = load_snapshot(tmp_path / "snapshot")
+    right = [
+        truth[str(image)] == bool(label) for image, label in zip(frame["image"], frame["label"], strict=True)
+    ]
+    assert sum(right) / len(right) > 0.93
 
 
 def test_served_images(campaigns: Campaigns, store: FeedbackStore) -> None:

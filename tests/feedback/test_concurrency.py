@@ -74,6 +74,22 @@ def test_fifty_raters(url: str) -> None:
     assert len(acknowledged) >= IMAGES / 3 * JUDGEMENTS * 0.5
 
 
+def test_two_devices_of_one_rater_get_one_task(url: str) -> None:
+    devices = 8
+    with _campaign(url) as campaigns:
+        barrier = threading.Barrier(devices)
+
+        def ask(_: int) -> str:
+            barrier.wait()
+            task = campaigns.lease("c", "ann")
+            assert task is not None
+            return task.task_id
+
+        with ThreadPoolExecutor(devices) as pool:
+            assert len(set(pool.map(ask, range(devices)))) == 1
+        assert campaigns.progress("c").leased == 1
+
+
 def test_leases_that_run_out_under_load(url: str) -> None:
     """Raters who walk away, and slow ones whose places others take: refused answers are refused aloud."""
     images = 30
