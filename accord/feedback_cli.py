@@ -2,9 +2,11 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -43,7 +45,28 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 campaign_app = typer.Typer(help="Make and list campaigns.", no_args_is_help=True)
 app.add_typer(campaign_app, name="campaign")
 
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
 _out = Console(soft_wrap=True, highlight=False)
+
+
+@app.command(context_settings=_PASS_ON)
+def serve(context: typer.Context) -> None:
+    """Serve the rating page, gRPC and metrics until Ctrl-C or SIGTERM."""
+    _become_service("serve", context.args)
+
+
+@app.command(context_settings=_PASS_ON)
+def invite(context: typer.Context) -> None:
+    """Make an invite link to the rating page for each rater."""
+    _become_service("invite", context.args)
+
+
+def _become_service(command: str, arguments: Sequence[str]) -> NoReturn:
+    """Becomes `python -m services.feedback`: options, Ctrl-C and exit status are its own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "services.feedback", command, *arguments])
 
 
 @contextlib.contextmanager

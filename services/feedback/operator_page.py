@@ -116,12 +116,12 @@ def _standing(backend: Backend, campaign_id: str) -> dict[str, Any]:
             "agreement": {},
         }
     progress = backend.campaigns.progress(chosen)
-    prompts = sorted(_good_rates(progress.shares_by_prompt), key=lambda row: (row[1], row[0]))
+    prompts = [row for row in _good_rates(progress.shares_by_prompt) if row[0] != "total"]
     return {
         "campaigns": campaigns,
         "progress": progress,
         "categories": _good_rates(progress.shares),
-        "prompts": prompts[:_PROMPTS_SHOWN],
+        "prompts": sorted(prompts, key=lambda row: (row[1], row[0]))[:_PROMPTS_SHOWN],
         "raters": backend.campaigns.raters(chosen),
         "agreement": progress.agreement,
     }

@@ -128,3 +128,12 @@ def test_the_secret(tmp_path: Path) -> None:
     path.write_text("short")
     with pytest.raises(ConfigError, match="too short"):
         load_secret(tmp_path / "state")
+
+
+def test_the_command_accord_becomes_the_service(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "accord.cli", "feedback", "invite", "shapes", "ann", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=2 * WAIT_S
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ann\thttp")
