@@ -133,7 +133,7 @@ def test_feedback_imports_only_what_its_image_has() -> None:
         for module in json.loads(done.stdout)
         if module in owners and not {canonicalize_name(name) for name in owners[module]} & installed
     }
-    # what Python's own start-up imports, namespaces that packages share, and what grpc and uvicorn can do without
+    # Python's own start-up, namespaces that packages share, and what grpc and uvicorn can do without
     allowed = {"accord", "_distutils_hack", "_virtualenv", "google", "opentelemetry"}
     allowed |= {"grpc_tools", "watchfiles"}
     assert {name: by for name, by in foreign.items() if name not in allowed} == {}
