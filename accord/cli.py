@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 import accord
+from accord import operator_commands
 from accord.errors import AccordError, ConfigError
 
 DEMO_RECIPE = Path("recipes") / "sandbox" / "demo.yaml"
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog=_EPILOG,
 )
+app.add_typer(operator_commands.app)
 
 
 def run_job(module: str, arguments: Sequence[str]) -> NoReturn:
