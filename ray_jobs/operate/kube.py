@@ -6,6 +6,7 @@ import base64
 import contextlib
 import datetime
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -252,7 +253,8 @@ def _client(context: str | None, namespace: str) -> tuple[Any, str]:
     config: Any = untyped
     configuration = client.Configuration()
     try:
-        config.load_kube_config(context=context, client_configuration=configuration)
+        # Named, because the library reads $KUBECONFIG once, when it is imported.
+        config.load_kube_config(os.environ.get("KUBECONFIG"), context, configuration)
     except config.ConfigException as error:
         if context is None:
             with contextlib.suppress(config.ConfigException):
