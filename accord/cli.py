@@ -15,6 +15,7 @@ from rich.console import Console
 import accord
 from accord import operator_commands
 from accord.errors import AccordError, ConfigError
+from accord.feedback_cli import app as feedback_app
 
 DEMO_RECIPE = Path("recipes") / "sandbox" / "demo.yaml"
 
@@ -31,6 +32,8 @@ app = typer.Typer(
     epilog=_EPILOG,
 )
 app.add_typer(operator_commands.app)
+
+app.add_typer(feedback_app, name="feedback", rich_help_panel="People's judgements")
 
 
 def run_job(module: str, arguments: Sequence[str]) -> NoReturn:

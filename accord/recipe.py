@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, SecretStr, model_validator
 
@@ -81,7 +81,8 @@ class FeedbackConfig(Config):
     url: SecretStr | None = None
     """SQLAlchemy URL, or "env:NAME" to read it from there; by default SQLite in the run directory."""
     judgements_per_image: PositiveInt = 1
-    aggregation: str = "majority"
+    aggregation: Literal["majority", "weighted"] = "majority"
+    """How votes become a label: all count the same, or by their rater's estimated reliability."""
 
 
 class RayConfig(Config):

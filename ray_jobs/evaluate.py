@@ -5,6 +5,7 @@ and raters.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,7 @@ def _labels(recipe: Recipe, run_dir: Path, grammar: Grammar, measured: pd.DataFr
     panel, aggregate = inputs.make_panel(recipe, "evaluate"), find_aggregation(recipe.feedback.aggregation)
     folder = inputs.image_folder(run_dir)
     rows = list(inputs.records(measured[measured["group"] == TEST]))
+    votes: dict[Hashable, list[tuple[str, str]]] = {}
     with bar("Judging test images", len(rows), "images") as progress:
         done = 0
         for part in inputs.batches(rows, BATCH_SIZE):
@@ -214,11 +216,14 @@ def _labels(recipe: Recipe, run_dir: Path, grammar: Grammar, measured: pd.DataFr
                 [judgement_key(recipe, r.image, r.prompt) for r in part],
                 recipe.feedback.judgements_per_image,
             )
-            for row, votes in zip(part, judged, strict=True):
-                label = aggregate([vote.verdict for vote in votes])
-                fits[row.Index] = pd.NA if label is None else bool(label)
+            for row, given in zip(part, judged, strict=True):
+                votes[row.Index] = [(vote.rater, vote.verdict) for vote in given]
             done += len(part)
             progress.update(done)
+    labels = aggregate(votes, {}).label
+    for row in rows:
+        label = labels[row.Index]
+        fits[row.Index] = pd.NA if label is None else bool(label)
     return fits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ import pandas as pd
 from accord.artifacts import Manifest, read_manifest
 from accord.config import redact_url
 from accord.errors import FeedbackError
+from accord.feedback.campaigns import Campaigns
 from accord.feedback.snapshot import SNAPSHOT_KIND, write_snapshot
 from accord.feedback.store import FeedbackStore
 from accord.feedback.tables import Candidate, Judgement
@@ -40,7 +42,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
             store.add_candidates(_candidates(labelled, candidates.inputs["model"]))
             if recipe.panel is not None:
                 _judge(recipe, run_dir, store, labelled)
-            _require_judgements(recipe, run_dir, store, labelled)
+            _require_judgements(recipe, run_dir, store, labelled, candidates.digest)
             write_snapshot(
                 store,
                 run_dir / "snapshot",
@@ -95,16 +97,40 @@ def judgement_key(recipe: Recipe, image: str, prompt: str) -> str:
     return hashlib.sha256(f"{recipe.panel} {recipe.seed} {image} {prompt}".encode()).hexdigest()[:32]
 
 
-def _require_judgements(recipe: Recipe, run_dir: Path, store: FeedbackStore, labelled: pd.DataFrame) -> None:
+def campaign_id(recipe: Recipe, candidates_digest: str) -> str:
+    """The campaign in which people judge a run's images."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", recipe.name).strip("-")[:40] or "run"
+    return f"{name}-{candidates_digest[:12]}"
+
+
+def _require_judgements(
+    recipe: Recipe, run_dir: Path, store: FeedbackStore, labelled: pd.DataFrame, candidates_digest: str
+) -> None:
+    """Raises FeedbackError, which says what to do, unless every image has its judgements."""
     ours = set(zip(labelled["image"], labelled["prompt"], strict=True))
     votes_each = recipe.feedback.judgements_per_image
     waiting = sum((c.image, c.prompt) in ours for c in store.pending(votes_each))
-    if waiting:
-        raise FeedbackError(
-            f"{waiting} of {len(ours)} images have fewer than {votes_each} judgements in "
-            f"{redact_url(recipe.feedback_url(run_dir))}. Let people judge them on the rating page, then "
-            "give the same command again; or name a `panel` of simulated raters in the recipe."
+    if not waiting:
+        return
+    url = redact_url(recipe.feedback_url(run_dir))
+    problem = f"{waiting} of {len(ours)} images have fewer than {votes_each} judgements in {url}."
+    if recipe.panel is not None:
+        raise FeedbackError(f"{problem} The panel gave too few; see judgements_per_image in the recipe.")
+    name = campaign_id(recipe, candidates_digest)
+    with Campaigns(recipe.feedback_url(run_dir)) as campaigns:
+        campaign = campaigns.create_alignment(
+            name,
+            f"{recipe.name}: does the image fit its text?",
+            judgements_per_item=votes_each,
+            only=sorted(ours),
+            seed=recipe.seed,
         )
+    raise FeedbackError(
+        f"{problem} People are to judge them: the campaign {name!r} has {campaign.num_answers} of "
+        f"{campaign.num_answers_wanted} answers. Open the rating page on that store, with the images of "
+        f"{run_dir / 'images'} (docs/feedback.md says how), and give the same command again when the "
+        "campaign is complete; or name a `panel` of simulated raters in the recipe."
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,14 @@
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 from accord.errors import FeedbackError
+from accord.feedback.quality import weigh
 from accord.feedback.tables import VERDICTS
+
+Votes = Sequence[tuple[str, str]]
+"""(rater, verdict) of one candidate, in any order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,26 +24,69 @@ class VoteCount:
     count: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What the votes come to.
+
+    `label` is 1.0 (good), 0.0 (bad) or None when the votes do not decide; `weight` is 0 without a label, and
+    else at most 1. `reliability` is the estimated probability that a rater is right, where it was estimated.
+    """
+
+    label: Mapping[Hashable, float | None]
+    weight: Mapping[Hashable, float]
+    reliability: Mapping[str, float]
+
+
 def majority(votes: Sequence[str]) -> float | None:
     """1.0 when more votes are good than bad, 0.0 when more are bad; None for a tie and when all were skips.
 
     Raises:
         FeedbackError: a vote that is none of `VERDICTS`.
     """
+    _check(votes)
     counts = Counter(votes)
-    unknown = sorted(set(counts) - set(VERDICTS))
-    if unknown:
-        raise FeedbackError(f"unknown verdict {unknown[0]!r}; expected {', '.join(VERDICTS)}")
     if counts["good"] == counts["bad"]:
         return None
     return float(counts["good"] > counts["bad"])
 
 
-AGGREGATIONS: Mapping[str, Callable[[Sequence[str]], float | None]] = {"majority": majority}
+def by_majority(items: Mapping[Hashable, Votes], known: Mapping[Hashable, bool]) -> Labels:
+    """Every vote counts the same; what is known otherwise (gold) does not matter."""
+    labels = {key: majority([verdict for _, verdict in votes]) for key, votes in items.items()}
+    return Labels(labels, {key: float(label is not None) for key, label in labels.items()}, {})
 
 
-def find_aggregation(name: str) -> Callable[[Sequence[str]], float | None]:
-    """The aggregation of that name.
+def by_reliability(items: Mapping[Hashable, Votes], known: Mapping[Hashable, bool]) -> Labels:
+    """Votes count by their rater's reliability, estimated from all of them: see `quality.weigh`.
+
+    The weight of a label is how sure it is: |2 P(good) − 1|. A rater who judged an item twice has one vote,
+    his majority. The order of the votes does not matter.
+    """
+    single: dict[Hashable, dict[str, bool]] = {}
+    for key, votes in items.items():
+        given: dict[str, list[str]] = defaultdict(list)
+        for rater, verdict in votes:
+            given[rater].append(verdict)
+        decided = {rater: majority(verdicts) for rater, verdicts in given.items()}
+        found = {rater: label == 1.0 for rater, label in decided.items() if label is not None}
+        if found:
+            single[key] = found
+    weighed = weigh(single, {key: truth for key, truth in known.items() if key in single})
+    sure = {key: 2 * weighed.good[key] - 1 if key in single else 0.0 for key in items}
+    return Labels(
+        {key: None if value == 0 else float(value > 0) for key, value in sure.items()},
+        {key: round(abs(value), 6) for key, value in sure.items()},
+        weighed.reliability,
+    )
+
+
+Aggregation = Callable[[Mapping[Hashable, Votes], Mapping[Hashable, bool]], Labels]
+
+AGGREGATIONS: Mapping[str, Aggregation] = {"majority": by_majority, "weighted": by_reliability}
+
+
+def find_aggregation(name: str) -> Aggregation:
+    """The aggregation of that name: from all votes by item, and truths that are known, to `Labels`.
 
     Raises:
         FeedbackError: there is none.
@@ -63,6 +110,12 @@ def shares_by_category(counts: Iterable[VoteCount]) -> dict[str, dict[str, float
             judged[category].add((row.image, row.prompt))
     order = [*sorted(votes.keys() - {"total"}), *(["total"] if votes else [])]
     return {category: _shares(votes[category], len(judged[category])) for category in order}
+
+
+def _check(votes: Iterable[str]) -> None:
+    unknown = sorted(set(votes) - set(VERDICTS))
+    if unknown:
+        raise FeedbackError(f"unknown verdict {unknown[0]!r}; expected {', '.join(VERDICTS)}")
 
 
 def _shares(votes: Counter[str], candidates: int) -> dict[str, float]:

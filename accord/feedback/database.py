@@ -2,9 +2,9 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy
 from sqlalchemy import Connection, Engine, event
@@ -13,10 +13,14 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, SQLAlc
 
 from accord.artifacts import storage_errors
 from accord.errors import FeedbackError
-from accord.feedback.tables import metadata
+from accord.feedback.migrations import migrate
 
 _BUSY_TIMEOUT_S = 30
 _CONNECT_TIMEOUT_S = 10
+_ATTEMPTS = 100
+# Kept open, and opened besides when many threads ask at once; PostgreSQL allows 100 in all by default.
+_CONNECTIONS = 10
+_MORE_CONNECTIONS = 30
 _WRITES = "accord_writes"
 # Any number will do, as long as everyone who makes the tables takes the same.
 _SCHEMA_LOCK = 0x6163636F7264
@@ -25,12 +29,14 @@ _EXAMPLES = (
     "postgresql://user:password@host:5432/database (a special character in the password is written as %XX)"
 )
 
+T = TypeVar("T")
+
 
 class Database:
-    """A database whose tables exist. `str(database)` is safe to show: it has no password."""
+    """A database whose tables are those of this version. `str(database)` shows no password."""
 
     def __init__(self, url: str) -> None:
-        """Connect and make the tables that are missing.
+        """Connect, and bring the tables to this version.
 
         Raises:
             FeedbackError: the URL cannot be read, its driver is missing, or the database does not answer.
@@ -73,6 +79,19 @@ class Database:
             with connection.begin():
                 yield connection
 
+    def write(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` in a transaction; again when another writer was faster with the same rows."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                with self.writing() as connection:
+                    return work(connection)
+            except IntegrityError:
+                time.sleep(0.001 * min(attempt, 50))
+        raise FeedbackError(
+            f"the feedback store {self}: the same rows were written elsewhere {_ATTEMPTS} times in "
+            "a row, or the tables are not those of this version; nothing was stored, try again"
+        )
+
     def _make_engine(self) -> Engine:
         options: dict[str, Any] = {}
         if self._url.get_backend_name() == "sqlite":
@@ -82,7 +101,12 @@ class Database:
         problem = ""
         try:
             engine = sqlalchemy.create_engine(
-                self._url, connect_args=options, pool_pre_ping=True, hide_parameters=True
+                self._url,
+                connect_args=options,
+                pool_pre_ping=True,
+                pool_size=_CONNECTIONS,
+                max_overflow=_MORE_CONNECTIONS,
+                hide_parameters=True,
             )
         except NoSuchModuleError:
             problem = (
@@ -107,7 +131,7 @@ class Database:
             if connection.dialect.name == "postgresql":
                 lock = sqlalchemy.func.pg_advisory_xact_lock(_SCHEMA_LOCK)
                 connection.execute(sqlalchemy.select(lock))
-            metadata.create_all(connection)
+            migrate(connection, self._shown)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -1,11 +1,12 @@
-"""Feedback snapshots: immutable, digested tables of what was judged, one row a candidate.
+"""Feedback snapshots: immutable, digested tables of what was judged, one row a candidate; and, so that a
+rater can be followed to what used his judgements, every judgement, and every rater.
 
 A snapshot holds no times and no order of arrival: the same judgements give the same bytes, and so the same
 digest.
 """
 
-from collections.abc import Mapping
-from itertools import groupby
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -14,13 +15,15 @@ import pyarrow.parquet as pq
 
 from accord.artifacts import Manifest, artifact_writer, read_manifest, verify
 from accord.errors import FeedbackError
-from accord.feedback.aggregate import VoteCount, find_aggregation, shares_by_category
-from accord.feedback.store import FeedbackStore
+from accord.feedback.aggregate import Labels, VoteCount, find_aggregation, shares_by_category
+from accord.feedback.store import FeedbackStore, Judged
 from accord.feedback.tables import VERDICTS
 from accord.tables import read_table
 
 SNAPSHOT_KIND = "feedback_snapshot"
 SNAPSHOT_NAME = "snapshot.parquet"
+JUDGEMENTS_NAME = "judgements.parquet"
+RATERS_NAME = "raters.parquet"
 
 _SCHEMA = pa.schema(
     [
@@ -32,9 +35,22 @@ _SCHEMA = pa.schema(
         pa.field("bad", pa.int64(), nullable=False),
         pa.field("skip", pa.int64(), nullable=False),
         pa.field("label", pa.float64()),  # 1 good, 0 bad, null when the votes do not decide
-        pa.field("weight", pa.float64(), nullable=False),  # 1, or 0 without a label
+        # 0 without a label; else 1, or how sure a weighted label is
+        pa.field("weight", pa.float64(), nullable=False),
     ]
 )
+_JUDGEMENTS_SCHEMA = pa.schema(
+    [pa.field(name, pa.string(), nullable=False) for name in ("image", "prompt", "rater", "verdict")]
+)
+_RATERS_SCHEMA = pa.schema(
+    [
+        pa.field("rater", pa.string(), nullable=False),
+        pa.field("judgements", pa.int64(), nullable=False),
+        pa.field("reliability", pa.float64()),  # where the aggregation estimates it
+    ]
+)
+
+Key = tuple[str, str]  # image and prompt
 
 
 def write_snapshot(
@@ -57,46 +73,62 @@ def write_snapshot(
         StorageError: the disk is full.
     """
     aggregate = find_aggregation(aggregation)
-    counts = store.vote_counts()
-    if not counts:
+    judged = store.judged()
+    if not judged:
         raise FeedbackError(
             f"{store} holds no judgements, so there is nothing to take a snapshot of; let raters judge first"
         )
-    columns: dict[str, list[object]] = {name: [] for name in _SCHEMA.names}
-    for (image, prompt), rows in groupby(counts, key=lambda row: (row.image, row.prompt)):
-        votes = list(rows)
-        label = aggregate([row.verdict for row in votes for _ in range(row.count)])
-        given = {row.verdict: row.count for row in votes}
-        values = {
-            "image": image,
-            "prompt": prompt,
-            "category": votes[0].category,
-            "split": votes[0].split,
-            **{verdict: given.get(verdict, 0) for verdict in VERDICTS},
-            "label": label,
-            "weight": 0.0 if label is None else 1.0,
-        }
-        for name, value in values.items():
-            columns[name].append(value)
+    known: dict[Hashable, bool] = dict(store.gold().items())
+    labels = aggregate({key: item.votes for key, item in judged.items()}, known)
     config = {"aggregation": aggregation}
     with artifact_writer(directory, SNAPSHOT_KIND, inputs=inputs, config=config, seed=seed) as temporary:
-        # The same settings, whatever a later pyarrow's defaults are: the bytes are the digest.
-        pq.write_table(
-            pa.table(columns, schema=_SCHEMA),
-            temporary / SNAPSHOT_NAME,
-            version="2.6",
-            compression="zstd",
-            compression_level=3,
-            row_group_size=1 << 16,
-        )
+        _write(temporary / SNAPSHOT_NAME, _SCHEMA, _candidate_rows(judged, labels))
+        _write(temporary / JUDGEMENTS_NAME, _JUDGEMENTS_SCHEMA, _judgement_rows(judged))
+        _write(temporary / RATERS_NAME, _RATERS_SCHEMA, _rater_rows(judged, labels))
     return read_manifest(directory)
+
+
+def _candidate_rows(judged: Mapping[Key, Judged], labels: Labels) -> Iterator[tuple[object, ...]]:
+    for (image, prompt), item in judged.items():
+        given = Counter(verdict for _, verdict in item.votes)
+        key = (image, prompt)
+        numbers = (given[verdict] for verdict in VERDICTS)
+        yield image, prompt, item.category, item.split, *numbers, labels.label[key], labels.weight[key]
+
+
+def _judgement_rows(judged: Mapping[Key, Judged]) -> Iterator[tuple[object, ...]]:
+    for key, item in judged.items():
+        for vote in item.votes:
+            yield *key, *vote
+
+
+def _rater_rows(judged: Mapping[Key, Judged], labels: Labels) -> Iterator[tuple[object, ...]]:
+    given = Counter(rater for item in judged.values() for rater, _ in item.votes)
+    for rater, number in sorted(given.items()):
+        yield rater, number, labels.reliability.get(rater)
+
+
+def _write(path: Path, schema: pa.Schema, rows: Iterable[tuple[object, ...]]) -> None:
+    columns: list[list[object]] = [[] for _ in schema.names]
+    for row in rows:
+        for column, value in zip(columns, row, strict=True):
+            column.append(value)
+    # The same settings, whatever a later pyarrow's defaults are: the bytes are the digest.
+    pq.write_table(
+        pa.table(dict(zip(schema.names, columns, strict=True)), schema=schema),
+        path,
+        version="2.6",
+        compression="zstd",
+        compression_level=3,
+        row_group_size=1 << 16,
+    )
 
 
 def load_snapshot(directory: str | Path) -> pd.DataFrame:
     """A snapshot as a table, one row a judged candidate, by image and prompt.
 
     Its columns: image, prompt, category, split; good, bad and skip (numbers of votes); label (1 good, 0 bad,
-    NaN when the votes do not decide); weight (1, or 0 without a label).
+    NaN when the votes do not decide); weight (0 without a label; else 1, or how sure a weighted label is).
 
     Raises:
         ArtifactError: it is missing, was changed, or is something else.
@@ -115,3 +147,25 @@ def snapshot_distribution(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
         for verdict in VERDICTS
         if row[verdict]
     )
+
+
+def load_snapshot_judgements(directory: str | Path) -> pd.DataFrame:
+    """The judgements of a snapshot, by image, prompt and rater: columns image, prompt, rater, verdict.
+
+    Raises:
+        ArtifactError: it is missing, was changed, is something else, or was made before judgements were kept.
+    """
+    verify(directory, SNAPSHOT_KIND)
+    frame: pd.DataFrame = read_table(Path(directory) / JUDGEMENTS_NAME, _JUDGEMENTS_SCHEMA).to_pandas()
+    return frame
+
+
+def load_snapshot_raters(directory: str | Path) -> pd.DataFrame:
+    """The raters of a snapshot by name: columns rater, judgements, reliability (NaN where not estimated).
+
+    Raises:
+        ArtifactError: as `load_snapshot_judgements`.
+    """
+    verify(directory, SNAPSHOT_KIND)
+    frame: pd.DataFrame = read_table(Path(directory) / RATERS_NAME, _RATERS_SCHEMA).to_pandas()
+    return frame

@@ -6,16 +6,18 @@ once.
 
 import dataclasses
 import datetime
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from sqlalchemy import Column, Connection, Select, Table, and_, func, insert, select
-from sqlalchemy.exc import IntegrityError
 
 from accord.errors import FeedbackError
 from accord.feedback.aggregate import VoteCount, shares_by_category
+from accord.feedback.campaign_tables import tasks
+from accord.feedback.counting import counted
 from accord.feedback.database import Database
 from accord.feedback.tables import (
     Candidate,
@@ -28,10 +30,16 @@ from accord.feedback.tables import (
 )
 
 _ROWS_PER_QUERY = 500  # SQLite and PostgreSQL bound the number of parameters of a statement
-_ATTEMPTS = 100
 _LISTED = 3  # how many wrong things an error names
 
-T = TypeVar("T")
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A judged candidate, and its votes: (rater, verdict)."""
+
+    category: str
+    split: str
+    votes: list[tuple[str, str]]
 
 
 class FeedbackStore:
@@ -79,7 +87,9 @@ class FeedbackStore:
             _check_same_candidate(
                 wanted.setdefault((candidate.image, candidate.prompt), candidate), candidate
             )
-        return self._write(lambda connection: _insert_candidates(connection, wanted)) if wanted else 0
+        return (
+            self._database.write(lambda connection: _insert_candidates(connection, wanted)) if wanted else 0
+        )
 
     def submit(self, new: Iterable[Judgement]) -> int:
         """Store judgements durably, and return how many are new. The same idempotency key counts once.
@@ -94,24 +104,32 @@ class FeedbackStore:
         for judgement in new:
             check_judgement(judgement)
             _check_same_judgement(wanted.setdefault(judgement.idempotency_key, judgement), judgement)
-        return self._write(lambda connection: _insert_judgements(connection, wanted)) if wanted else 0
+        return (
+            self._database.write(lambda connection: _insert_judgements(connection, wanted)) if wanted else 0
+        )
 
     def candidates(self) -> list[Candidate]:
         """All candidates, by image and prompt."""
         with self._database.reading() as connection:
             return _sorted_candidates(connection, _candidates_query())
 
-    def judgements(self) -> list[Judgement]:
-        """All judgements, oldest first; those of one `submit` by their key."""
+    def judgements(self, *, everything: bool = False) -> list[Judgement]:
+        """The judgements that count, oldest first; those of one `submit` by their key.
+
+        Taken back ones, and those of excluded raters, are there too when `everything` is wanted.
+        """
         query = _judgements_query().order_by(judgements.c.id)
+        if not everything:
+            query = query.where(counted())
         with self._database.reading() as connection:
             return [Judgement(**row) for row in connection.execute(query).mappings()]
 
     def pending(self, k: int) -> list[Candidate]:
-        """The candidates with fewer than `k` judgements (a skip is one too), by image and prompt."""
+        """The candidates with fewer than `k` judgements that count (a skip is one), by image and prompt."""
         votes = judgements
         counts = (
             select(votes.c.image, votes.c.prompt, func.count().label("count"))
+            .where(counted())
             .group_by(votes.c.image, votes.c.prompt)
             .subquery()
         )
@@ -123,33 +141,55 @@ class FeedbackStore:
     def vote_counts(self) -> list[VoteCount]:
         """How often each verdict was given to each judged candidate, by image, prompt and verdict.
 
+        Only what counts: not what was taken back, nor what excluded raters said.
         One statement, and so one moment: judgements that arrive meanwhile are in all of it or in none of it.
         """
         votes = judgements
         columns = (votes.c.image, votes.c.prompt, candidates.c.category, candidates.c.split, votes.c.verdict)
         same = and_(votes.c.image == candidates.c.image, votes.c.prompt == candidates.c.prompt)
-        query = select(*columns, func.count().label("count")).join(candidates, same).group_by(*columns)
+        query = (
+            select(*columns, func.count().label("count"))
+            .join(candidates, same)
+            .where(counted())
+            .group_by(*columns)
+        )
         with self._database.reading() as connection:
             found = [VoteCount(**row) for row in connection.execute(query).mappings()]
         # Sorted here: databases differ in how they order text.
         return sorted(found, key=lambda row: (row.image, row.prompt, row.verdict))
 
+    def judged(self) -> dict[tuple[str, str], Judged]:
+        """What counts of each judged candidate, ordered by (image, prompt), its votes by rater and verdict.
+
+        One statement, and so one moment, as `vote_counts`.
+        """
+        votes = judgements
+        same = and_(votes.c.image == candidates.c.image, votes.c.prompt == candidates.c.prompt)
+        columns = (votes.c.image, votes.c.prompt, candidates.c.category, candidates.c.split)
+        query = select(*columns, votes.c.rater, votes.c.verdict).join(candidates, same).where(counted())
+        found: dict[tuple[str, str], Judged] = {}
+        with self._database.reading() as connection:
+            streamed = connection.execution_options(yield_per=10_000).execute(query)
+            for image, prompt, category, split, rater, verdict in streamed:
+                item = found.setdefault((image, prompt), Judged(category, split, []))
+                item.votes.append((sys.intern(rater), sys.intern(verdict)))
+        for item in found.values():
+            item.votes.sort()
+        return dict(sorted(found.items()))
+
+    def gold(self) -> dict[tuple[str, str], bool]:
+        """The known answers of gold items, by (image, prompt); True is good. Contradictions are left out."""
+        query = select(tasks.c.prompt, tasks.c.images, tasks.c.gold).where(tasks.c.gold.is_not(None))
+        found: dict[tuple[str, str], set[bool]] = {}
+        with self._database.reading() as connection:
+            for prompt, digests, known in connection.execute(query):
+                for image, verdict in zip(json.loads(digests), json.loads(known), strict=True):
+                    found.setdefault((image, prompt), set()).add(verdict == "good")
+        return {key: truth.pop() for key, truth in found.items() if len(truth) == 1}
+
     def distribution(self) -> dict[str, dict[str, float]]:
         """Shares of good, bad and skip by category and in "total" (Lee et al. 2023, table 2)."""
         return shares_by_category(self.vote_counts())
-
-    def _write(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` in a transaction; again when another writer was faster with the same rows."""
-        for attempt in range(_ATTEMPTS):
-            try:
-                with self._database.writing() as connection:
-                    return work(connection)
-            except IntegrityError:
-                time.sleep(0.001 * min(attempt, 50))
-        raise FeedbackError(
-            f"the feedback store {self._database}: the same rows were written elsewhere {_ATTEMPTS} times in "
-            "a row, or the tables are not those of this version; nothing was stored, try again"
-        )
 
 
 def _insert_candidates(connection: Connection, wanted: Mapping[tuple[str, str], Candidate]) -> int:

@@ -30,6 +30,10 @@ _MAX_BYTES = {
     "source": 64,
     "idempotency_key": 200,
     "rater": 200,
+    "title": 400,
+    "reason": 2000,
+    "image_id": 200,
+    "model": 200,
 }
 _MAX_INTEGER = {"seed": 2**63 - 1, "width": 2**31 - 1, "height": 2**31 - 1}
 _MIN_INTEGER = {"seed": 0, "width": 1, "height": 1}
@@ -85,7 +89,7 @@ def _check_fields(record: Candidate | Judgement, name: str, optional: tuple[str,
         if field in _MAX_INTEGER:
             _check_integer(name, field, value)
         else:
-            _check_text(name, field, value, required=field not in optional)
+            check_text(name, field, value, required=field not in optional)
 
 
 def _check_integer(name: str, field: str, value: object) -> None:
@@ -94,7 +98,8 @@ def _check_integer(name: str, field: str, value: object) -> None:
         raise FeedbackError(f"{name}: {field} is {value!r}; expected an integer from {low} to {high}")
 
 
-def _check_text(name: str, field: str, value: object, *, required: bool) -> None:
+def check_text(name: str, field: str, value: object, *, required: bool = True) -> None:
+    """Raises FeedbackError when `value` is no text that fits the field."""
     if not isinstance(value, str):
         raise FeedbackError(f"{name}: {field} is {value!r}; expected text")
     if required and not value.strip():
@@ -121,7 +126,7 @@ metadata = MetaData(
 )
 
 # SQLite numbers rows by itself only when the key's type is spelled INTEGER.
-_Id = BigInteger().with_variant(Integer(), "sqlite")
+id_type = BigInteger().with_variant(Integer(), "sqlite")
 
 images = Table(
     "images",
@@ -134,7 +139,7 @@ images = Table(
 candidates = Table(
     "candidates",
     metadata,
-    Column("id", _Id, primary_key=True),
+    Column("id", id_type, primary_key=True),
     Column("image", ForeignKey("images.digest"), nullable=False),
     Column("prompt", String(2000), nullable=False),
     Column("category", String(64), nullable=False),
@@ -147,13 +152,15 @@ candidates = Table(
 judgements = Table(
     "judgements",
     metadata,
-    Column("id", _Id, primary_key=True),
+    Column("id", id_type, primary_key=True),
     Column("idempotency_key", String(200), nullable=False, unique=True),
     Column("image", String(64), nullable=False),
     Column("prompt", String(2000), nullable=False),
     Column("rater", String(200), nullable=False),
     Column("verdict", String(4), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
+    # The campaign's answer that it is part of. No foreign key: SQLite cannot add one later.
+    Column("answer_id", BigInteger, index=True),
     ForeignKeyConstraint(["image", "prompt"], ["candidates.image", "candidates.prompt"]),
     CheckConstraint("verdict IN ('good', 'bad', 'skip')", name="verdict"),
     Index(None, "image", "prompt"),

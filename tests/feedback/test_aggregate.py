@@ -1,7 +1,17 @@
+import random
+from collections.abc import Hashable
+
 import pytest
 
 from accord.errors import FeedbackError
-from accord.feedback.aggregate import VoteCount, find_aggregation, majority, shares_by_category
+from accord.feedback.aggregate import (
+    VoteCount,
+    by_majority,
+    by_reliability,
+    find_aggregation,
+    majority,
+    shares_by_category,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +39,7 @@ def test_majority_refuses_an_unknown_verdict() -> None:
 
 
 def test_unknown_aggregation() -> None:
-    assert find_aggregation("majority") is majority
+    assert find_aggregation("majority") is by_majority
     with pytest.raises(FeedbackError, match="unknown aggregation 'mean'; expected majority"):
         find_aggregation("mean")
 
@@ -48,3 +58,30 @@ def test_shares_by_category() -> None:
     }
     assert list(shares_by_category(counts))[-1] == "total"
     assert shares_by_category([]) == {}
+
+
+def test_weighted_labels_do_not_depend_on_the_order_of_arrival() -> None:
+    draw = random.Random(0)
+    items: dict[Hashable, list[tuple[str, str]]] = {
+        (f"{n}", "p"): [(f"r{k}", draw.choice(["good", "bad", "skip"])) for k in draw.sample(range(9), 4)]
+        for n in range(60)
+    }
+    first = by_reliability(items, {})
+    for seed in range(5):
+        shuffled = list(items.items())
+        random.Random(seed).shuffle(shuffled)
+        mixed = {key: random.Random(seed).sample(votes, len(votes)) for key, votes in shuffled}
+        again = by_reliability(mixed, {})
+        assert (again.label, again.weight, again.reliability) == (
+            first.label,
+            first.weight,
+            first.reliability,
+        )
+
+
+def test_weighted_labels_of_what_nobody_decided() -> None:
+    labels = by_reliability({"a": [("ann", "skip")], "b": [("ann", "good"), ("ann", "bad")]}, {"c": True})
+    assert labels.label == {"a": None, "b": None}
+    assert labels.weight == {"a": 0.0, "b": 0.0}
+    with pytest.raises(FeedbackError, match="unknown verdict 'fine'"):
+        by_reliability({"a": [("ann", "fine")]}, {})

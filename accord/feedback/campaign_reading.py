@@ -1,0 +1,293 @@
+"""Reads how campaigns stand: progress, raters, preferences, pages of judgements."""
+
+import dataclasses
+import datetime
+import json
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, func, select
+
+from accord.feedback.aggregate import VoteCount, shares_by_category
+from accord.feedback.assignment import task_name
+from accord.feedback.campaign_records import Campaign, Progress, Rater, StoredJudgement, StuckTask
+from accord.feedback.campaign_tables import answers, campaigns, exclusions, places, tasks
+from accord.feedback.counting import counted, standing
+from accord.feedback.quality import Agreement, agreement_by_category, suspected, weigh
+from accord.feedback.tables import candidates, judgements
+
+_STUCK_EXPIRIES = 2
+_STUCK_SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceCount:
+    """How many raters preferred which set of one comparison, for one question."""
+
+    item: int
+    prompt: str
+    category: str
+    question: str
+    first: int
+    second: int
+    tie: int
+
+
+def campaigns_of(connection: Connection, number: int | None = None) -> list[Campaign]:
+    """All campaigns, or the one of that number, oldest first."""
+    query = (
+        select(
+            campaigns,
+            func.count(tasks.c.id).label("tasks"),
+            func.coalesce(func.sum(tasks.c.answered).filter(tasks.c.gold.is_(None)), 0).label("answers"),
+            func.coalesce(func.sum(tasks.c.wanted), 0).label("wanted"),
+        )
+        .outerjoin(tasks, tasks.c.campaign == campaigns.c.number)
+        .group_by(campaigns.c.number)
+        .order_by(campaigns.c.number)
+    )
+    if number is not None:
+        query = query.where(campaigns.c.number == number)
+    return [
+        Campaign(
+            campaign_id=row.campaign_id,
+            kind=row.kind,
+            title=row.title,
+            judgements_per_item=row.judgements_per_item,
+            lease_s=row.lease_s,
+            created_at=aware(row.created_at),
+            num_tasks=row.tasks,
+            num_answers=int(row.answers),
+            num_answers_wanted=int(row.wanted),
+        )
+        for row in connection.execute(query)
+    ]
+
+
+def aware(moment: datetime.datetime) -> datetime.datetime:
+    """SQLite forgets that a time is UTC."""
+    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+
+
+def progress(connection: Connection, campaign: Row[Any], now_ms: int) -> Progress:
+    summary = campaigns_of(connection, campaign.number)[0]
+    ours = tasks.c.campaign == campaign.number
+    plain = and_(ours, tasks.c.gold.is_(None))
+    done, leased_out = connection.execute(
+        select(func.count().filter(tasks.c.answered >= tasks.c.wanted), func.sum(tasks.c.expiries)).where(
+            plain
+        )
+    ).one()
+    gold = connection.execute(select(func.count()).where(ours, tasks.c.gold.is_not(None))).scalar_one()
+    leased = connection.execute(
+        select(func.count())
+        .select_from(places.join(tasks))
+        .where(ours, places.c.state == "leased", places.c.expires_ms > now_ms)
+    ).scalar_one()
+    people = select(func.count(answers.c.rater.distinct())).where(
+        answers.c.campaign == campaign.number, answers.c.kind == "answer"
+    )
+    stuck = connection.execute(
+        select(tasks.c.id, tasks.c.prompt, tasks.c.expiries)
+        .where(plain, tasks.c.answered < tasks.c.wanted, tasks.c.expiries >= _STUCK_EXPIRIES)
+        .order_by(tasks.c.expiries.desc(), tasks.c.id)
+        .limit(_STUCK_SHOWN)
+    ).all()
+    counts = votes(connection, campaign)
+    by_prompt = [dataclasses.replace(row, category=row.prompt) for row in counts]
+    return Progress(
+        campaign=summary,
+        tasks=summary.num_tasks - gold,
+        tasks_done=done,
+        gold_tasks=gold,
+        answers=summary.num_answers,
+        wanted=summary.num_answers_wanted,
+        leased=leased,
+        expired=int(leased_out or 0),
+        raters=connection.execute(people).scalar_one(),
+        stuck=tuple(StuckTask(task_name(campaign.campaign_id, t), p, e) for t, p, e in stuck),
+        shares=shares_by_category(counts),
+        shares_by_prompt=shares_by_category(by_prompt),
+        preferences=_preference_shares(preferences(connection, campaign)),
+        agreement=agreement(connection, campaign),
+    )
+
+
+def agreement(connection: Connection, campaign: Row[Any]) -> dict[str, Agreement]:
+    """How much raters agree: on images by category, or on comparisons by question."""
+    not_excluded = answers.c.rater.not_in(select(exclusions.c.rater))
+    query = (
+        select(tasks.c.id, tasks.c.category, tasks.c.question, answers.c.rater, answers.c.answer)
+        .join(answers, answers.c.task == tasks.c.id)
+        .where(answers.c.campaign == campaign.number, tasks.c.gold.is_(None), standing(), not_excluded)
+    )
+    said: dict[tuple[int, int], dict[str, str]] = defaultdict(dict)
+    groups: dict[tuple[int, int], str] = {}
+    for task, category, question, rater, text in connection.execute(query):
+        answer = json.loads(text)
+        for place, value in enumerate([answer] if isinstance(answer, str) else answer):
+            if value != "skip":
+                said[task, place][rater] = value
+                groups[task, place] = question or category
+    return agreement_by_category(list(said.values()), [groups[key] for key in said])
+
+
+def votes(connection: Connection, campaign: Row[Any]) -> list[VoteCount]:
+    """How often each verdict was given to each image of the campaign, gold apart."""
+    columns = (
+        judgements.c.image,
+        judgements.c.prompt,
+        candidates.c.category,
+        candidates.c.split,
+        judgements.c.verdict,
+    )
+    same = and_(judgements.c.image == candidates.c.image, judgements.c.prompt == candidates.c.prompt)
+    query = (
+        select(*columns, func.count().label("count"))
+        .select_from(
+            judgements.join(answers, judgements.c.answer_id == answers.c.id)
+            .join(tasks, answers.c.task == tasks.c.id)
+            .join(candidates, same)
+        )
+        .where(answers.c.campaign == campaign.number, tasks.c.gold.is_(None), counted())
+        .group_by(*columns)
+    )
+    return [VoteCount(**row) for row in connection.execute(query).mappings()]
+
+
+def preferences(connection: Connection, campaign: Row[Any]) -> list[PreferenceCount]:
+    """By comparison and question, sides put right again; only comparisons that someone answered."""
+    if campaign.kind != "comparison":
+        return []
+    not_excluded = answers.c.rater.not_in(select(exclusions.c.rater))
+    rows = connection.execute(
+        select(tasks, answers.c.answer, func.count().label("number"))
+        .join(answers, answers.c.task == tasks.c.id)
+        .where(tasks.c.campaign == campaign.number, standing(), not_excluded)
+        .group_by(tasks.c.id, answers.c.answer)
+        .order_by(tasks.c.item, tasks.c.question)
+    ).all()
+    counts: dict[tuple[int, str, str, str], Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        answer = json.loads(row.answer)
+        if answer != "tie":
+            answer = "second" if (answer == "left") == row.swapped else "first"
+        counts[row.item, row.prompt, row.category, row.question][answer] += row.number
+    return [
+        PreferenceCount(*key, first=given["first"], second=given["second"], tie=given["tie"])
+        for key, given in counts.items()
+    ]
+
+
+def _preference_shares(rows: list[PreferenceCount]) -> dict[str, dict[str, int]]:
+    total: dict[str, dict[str, int]] = {}
+    for row in rows:
+        sums = total.setdefault(row.question, {"first": 0, "second": 0, "tie": 0})
+        sums["first"] += row.first
+        sums["second"] += row.second
+        sums["tie"] += row.tie
+    return total
+
+
+def judgements_page(
+    connection: Connection, number: int | None, after: int, limit: int
+) -> list[StoredJudgement]:
+    same = and_(judgements.c.image == candidates.c.image, judgements.c.prompt == candidates.c.prompt)
+    query = (
+        select(
+            judgements.c.id,
+            func.coalesce(campaigns.c.campaign_id, ""),
+            judgements.c.image,
+            judgements.c.prompt,
+            candidates.c.category,
+            candidates.c.split,
+            judgements.c.rater,
+            judgements.c.verdict,
+            judgements.c.created_at,
+        )
+        .select_from(
+            judgements.join(candidates, same)
+            .outerjoin(answers, judgements.c.answer_id == answers.c.id)
+            .outerjoin(campaigns, answers.c.campaign == campaigns.c.number)
+        )
+        .where(judgements.c.id > after, counted())
+        .order_by(judgements.c.id)
+        .limit(limit)
+    )
+    if number is not None:
+        query = query.where(answers.c.campaign == number)
+    return [StoredJudgement(*row[:-1], created_at=aware(row[-1])) for row in connection.execute(query)]
+
+
+def raters(connection: Connection, campaign: Row[Any]) -> list[Rater]:
+    """One row a rater; those who were excluded too."""
+    why = {row.rater: row.reason for row in connection.execute(select(exclusions))}
+    seconds: dict[str, list[float]] = defaultdict(list)
+    given: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    gold: dict[str, Counter[bool]] = defaultdict(Counter)
+    truth: dict[tuple[str, str], bool] = {}
+    judged: Counter[str] = Counter()
+    query = (
+        select(
+            tasks.c.prompt, tasks.c.images, tasks.c.gold, answers.c.rater, answers.c.answer, answers.c.seconds
+        )
+        .join(tasks, answers.c.task == tasks.c.id)
+        .where(answers.c.campaign == campaign.number, standing())
+    )
+    for prompt, images, known, rater, answer, took_s in connection.execute(query):
+        seconds[rater].append(took_s)
+        if campaign.kind != "alignment":
+            continue
+        verdicts = json.loads(answer)
+        if known is not None:
+            pairs = zip(json.loads(known), verdicts, strict=True)
+            gold[rater].update(right == said for right, said in pairs if said != "skip")
+            truth.update(
+                ((image, prompt), right == "good")
+                for image, right in zip(json.loads(images), json.loads(known), strict=True)
+            )
+        for image, verdict in zip(json.loads(images), verdicts, strict=True):
+            if verdict != "skip":
+                given[image, prompt][rater] = verdict
+                judged[rater] += 1
+    agree: dict[str, Counter[bool]] = defaultdict(Counter)
+    for votes_of in given.values():
+        for rater, verdict in votes_of.items():
+            others = [other for name, other in votes_of.items() if name != rater]
+            agree[rater].update(other == verdict for other in others)
+    reliability = _reliability(given, truth, set(why))
+    return [
+        Rater(
+            rater=name,
+            answers=len(seconds[name]),
+            gold_judged=gold[name].total(),
+            gold_accuracy=_share(gold[name]),
+            median_s=statistics.median(seconds[name]),
+            agreement=_share(agree[name]),
+            reliability=reliability.get(name),
+            suspected=suspected(reliability.get(name), judged[name], _share(gold[name]), gold[name].total()),
+            excluded=name in why,
+            reason=why.get(name, ""),
+        )
+        for name in sorted(seconds)
+    ]
+
+
+def _reliability(
+    given: dict[tuple[str, str], dict[str, str]], truth: dict[tuple[str, str], bool], excluded: set[str]
+) -> Mapping[str, float]:
+    """Estimated from the votes of those who are not excluded, where more than one judged the same."""
+    votes_of = {
+        key: {rater: verdict == "good" for rater, verdict in item.items() if rater not in excluded}
+        for key, item in given.items()
+    }
+    shared: dict[Hashable, dict[str, bool]] = {
+        key: item for key, item in votes_of.items() if len(item) > 1 or (item and key in truth)
+    }
+    return weigh(shared, {key: known for key, known in truth.items() if key in shared}).reliability
+
+
+def _share(counts: Counter[bool]) -> float | None:
+    return counts[True] / counts.total() if counts.total() else None
