@@ -221,10 +221,6 @@ def test_the_check_of_bodies_finds_what_is_wrong(recipe: Path) -> None:
     job = build(make_submission(recipe), "x", "accord", load_template(None, "loop"))
     rules = {"deletionRules": [{"policy": "DeleteAll"}]}
     for change in ({"entrypint": "x"}, {"backoffLimit": "many"}, {"deletionStrategy": rules}):
-        {"entrypint": "x"},
-        {"backoffLimit": "many"},
-        {"deletionStrategy": {"deletionRules": [{"policy": "DeleteAll"}]}},
-    ):
         wrong = copy.deepcopy(job)
         wrong["spec"].update(change)
         assert problems(wrong) != []
