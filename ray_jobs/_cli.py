@@ -78,9 +78,9 @@ def _execute(
 ) -> int:
     settings = load_recipe(recipe, overrides)
     if cluster.is_job_address(address):
-        arguments = [part for override in overrides for part in ("--set", override)]
-        arguments += ["--run-dir", str(run_dir or settings.run_dir), *(["--fresh"] if fresh else [])]
-        return cluster.run_as_job(str(address), name, recipe, arguments)
+        from ray_jobs.operate.commands import run_as_job
+
+        return run_as_job(str(address), name, recipe, overrides, run_dir, ["--fresh"] if fresh else [])
     directory = (run_dir or settings.run_dir).expanduser().resolve()
     _check(settings, directory)
     if fresh:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import logging
 import os
-import shlex
 import signal
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from accord.config import redact_url
@@ -199,58 +194,3 @@ def accord_error(error: BaseException) -> AccordError | None:
 def is_job_address(address: str | None) -> bool:
     """Whether the address is that of a cluster's Jobs API, not one that a driver can join."""
     return bool(address) and str(address).startswith(("http://", "https://"))
-
-
-def run_as_job(address: str, name: str, recipe: Path, arguments: Sequence[str]) -> int:
-    """Runs `python -m ray_jobs.NAME` on a cluster by its Jobs API and follows its log; its exit code.
-
-    The recipe is uploaded; the code is that of the cluster's image. The job's id follows from the recipe and
-    the arguments, so the same command given again follows the job that runs already.
-    """
-    prepare_environment()
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        raise ConfigError(f"no Ray Jobs API answers at {redact_url(address)!r}: {error}") from error
-    entrypoint = shlex.join(["python", "-m", f"ray_jobs.{name}", "--recipe", "recipe.yaml", *arguments])
-    job = _unfinished_job(client, f"accord-{name}-" + _digest(recipe.read_bytes() + entrypoint.encode()))
-    if job is not None:
-        print(f"Following the job {job} at {redact_url(address)}, which runs already.")
-    else:
-        job = _new_job_id(client, f"accord-{name}-" + _digest(recipe.read_bytes() + entrypoint.encode()))
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "recipe.yaml").write_bytes(recipe.read_bytes())
-            client.submit_job(entrypoint=entrypoint, submission_id=job, runtime_env={"working_dir": folder})
-        print(f"Submitted the job {job} to {redact_url(address)}.")
-    try:
-        asyncio.run(_follow(client, job))
-    except KeyboardInterrupt:
-        print(f"\nThe job {job} goes on. The same command follows it again; `ray job stop {job}` stops it.")
-        return 130
-    return 0 if str(client.get_job_status(job)) == "SUCCEEDED" else 1
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
-
-
-def _attempts(client: object, prefix: str) -> dict[str, str]:
-    jobs = client.list_jobs()  # type: ignore[attr-defined]
-    found = {str(job.submission_id): str(job.status) for job in jobs if job.submission_id}
-    return {job: status for job, status in found.items() if job.rpartition("-")[0] == prefix}
-
-
-def _unfinished_job(client: object, prefix: str) -> str | None:
-    attempts = _attempts(client, prefix)
-    return next((job for job, status in sorted(attempts.items()) if status in ("PENDING", "RUNNING")), None)
-
-
-def _new_job_id(client: object, prefix: str) -> str:
-    return f"{prefix}-{len(_attempts(client, prefix)) + 1}"
-
-
-async def _follow(client: object, job: str) -> None:
-    async for lines in client.tail_job_logs(job):  # type: ignore[attr-defined]
-        print(lines, end="", flush=True)

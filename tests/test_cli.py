@@ -58,6 +58,23 @@ def test_a_command_becomes_its_job_with_all_options(
     assert executed == [[sys.executable, "-m", f"ray_jobs.{module}", *options]]
 
 
+@pytest.mark.parametrize("command", ["job", "status"])
+def test_operators_commands_become_their_module(command: str, executed: list[list[str]]) -> None:
+    invoke(command, "list", "--address", "http://127.0.0.1:8265", "--help")
+    words = ["list", "--address", "http://127.0.0.1:8265", "--help"]
+    assert executed == [[sys.executable, "-m", "ray_jobs.operate", command, *words]]
+
+
+def test_models_knows_its_commands_without_mlflow() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from accord import cli;"
+        "shown = CliRunner().invoke(cli.app, ['models', '--help']).stdout;"
+        "assert all(c in shown for c in ('register', 'promote', 'rollback', 'lineage')), shown;"
+        "assert not {'mlflow', 'ray', 'torch', 'kubernetes'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("module", JOBS.values())
 def test_each_job_exists(module: str) -> None:
     assert importlib.util.find_spec(f"ray_jobs.{module}") is not None

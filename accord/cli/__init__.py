@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 import accord
+from accord import operator_commands
 from accord.cli import generation, tokens
 from accord.cli.common import errors_shown
 from accord.errors import ConfigError
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog=_EPILOG,
 )
+app.add_typer(operator_commands.app)
 app.add_typer(tokens.app, name="token", rich_help_panel="Serving")
 app.add_typer(feedback_app, name="feedback", rich_help_panel="People's judgements")
 

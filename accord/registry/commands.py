@@ -191,12 +191,9 @@ def lineage(
     forward: Annotated[
         bool, typer.Option("--forward", help="What was made from it, not what it was made from.")
     ] = False,
-    feedback: Annotated[
-        str | None,
-        typer.Option(
-            "--feedback", help="Store of judgements (SQLAlchemy URL, or env:NAME); by default the run's own."
-        ),
-    ] = None,
+    rater: Annotated[
+        bool, typer.Option("--rater", help="WHAT is a rater: what his judgements went into.")
+    ] = False,
     registry: RegistryOption = None,
 ) -> None:
     """Walk from a served image or a model back to the votes behind it, or forward to what was made from
@@ -205,6 +202,9 @@ def lineage(
 
     scanned = Lineage.scan(runs)
     served = _served(scanned, registry)
+    if rater:
+        _affected(what, runs, served)
+        return
     for digest in _digests(what, scanned, registry):
         for step in scanned.forward(digest) if forward else scanned.back(digest):
             serving = f"  [{served[step.digest]}]" if step.digest in served else ""
@@ -214,7 +214,7 @@ def lineage(
                 and step.manifest.kind == "feedback_snapshot"
                 and step.path is not None
             ):
-                for line in _votes(step.path, feedback):
+                for line in _votes(step.path):
                     typer.echo("  " * (step.depth + 1) + line)
 
 
@@ -244,18 +244,32 @@ def _served(scanned: Lineage, registry: str | None) -> dict[str, str]:
     }
 
 
-def _votes(snapshot: Path, feedback: str | None) -> list[str]:
+def _votes(snapshot: Path) -> list[str]:
     """Lines of who judged, how often."""
-    from accord.config import environment_value
     from accord.registry.lineage import judgements_by_rater
 
-    store = snapshot.parent / "feedback.db"
-    if feedback is None and not store.is_file():
-        return ["(who judged is not known here: name the store with --feedback)"]
-    counts = judgements_by_rater(snapshot, environment_value(feedback) if feedback else f"sqlite:///{store}")
-    total = sum(counts.values())
-    lines = [f"{total} judgements by {len(counts)} raters"]
+    counts = judgements_by_rater(snapshot)
+    if not counts:
+        return ["(this snapshot is of a version that did not note who judged)"]
+    lines = [f"{sum(counts.values())} judgements by {len(counts)} raters"]
     return [*lines, *(f"{count:>6}  {rater}" for rater, count in sorted(counts.items()))]
+
+
+def _affected(rater: str, runs: list[Path], served: dict[str, str]) -> None:
+    """Prints what a rater's judgements went into."""
+    from accord.feedback.lineage import affected_by
+
+    for root in runs:
+        found = affected_by(rater, root)
+        for item in found.affected:
+            serving = f"  [{served[item.digest]}]" if item.digest in served else ""
+            typer.echo(
+                f"{item.kind.replace('_', ' ')} {item.digest[:12]}  {item.path}  {item.because}{serving}"
+            )
+        for path, why in found.unknown:
+            typer.echo(f"not known: {path}: {why}")
+        if not found.affected:
+            typer.echo(f"{rater!r} judged nothing that went into an artifact below {root}.")
 
 
 def _registry(uri: str | None) -> Registry:

@@ -6,7 +6,7 @@ kept.
 
 import json
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,21 +118,18 @@ class Lineage:
         return [(self.artifacts[user][0].name, user) for _, user in self.users.get(digest, ())]
 
 
-def judgements_by_rater(snapshot: str | Path, url: str) -> Counter[str]:
-    """How many judgements each rater gave of what a snapshot holds, by the store at `url`.
-
-    The store knows who judged; the snapshot only how often. Judgements given after the snapshot count too.
+def judgements_by_rater(snapshot: str | Path) -> dict[str, int]:
+    """How many judgements of each rater are in a snapshot; empty for one of a version that did not note it.
 
     Raises:
-        ArtifactError: the snapshot is damaged. FeedbackError: the store does not answer.
+        ArtifactError: the snapshot is damaged.
     """
-    from accord.feedback.snapshot import load_snapshot
-    from accord.feedback.store import FeedbackStore
+    from accord.feedback.snapshot import RATERS_NAME, load_snapshot_raters
 
-    frame = load_snapshot(snapshot)
-    judged = set(zip(frame["image"], frame["prompt"], strict=True))
-    with FeedbackStore(url) as store:
-        return Counter(vote.rater for vote in store.judgements() if (vote.image, vote.prompt) in judged)
+    if RATERS_NAME not in read_manifest(snapshot).files:
+        return {}
+    raters = load_snapshot_raters(snapshot)
+    return {str(name): int(n) for name, n in zip(raters["rater"], raters["judgements"], strict=True)}
 
 
 def image_models(path: str | Path) -> dict[str, str]:

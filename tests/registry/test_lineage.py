@@ -32,7 +32,7 @@ def test_a_model_is_walked_back_to_its_snapshot_and_votes(tmp_path: Path) -> Non
     depth = {step.name: step.depth for step in steps}
     assert depth["scores"] < depth["reward"] < depth["snapshot"]
     assert sorted(step.name for step in steps if step.manifest is None) == ["clip", "model"]
-    counts = judgements_by_rater(run / "snapshot", f"sqlite:///{run / 'feedback.db'}")
+    counts = judgements_by_rater(run / "snapshot")
     assert counts == {"ann": 1, "bob": 2}
 
 
@@ -119,6 +119,10 @@ def test_the_commands_from_registration_to_a_served_image_and_back(tmp_path: Pat
     assert "3 judgements by 2 raters" in back
     forward = accord("lineage", digest(run, "snapshot")[:12], "--runs", str(tmp_path), "--forward")
     assert "accord-diffusion/1 champion" in forward
+    touched = accord("lineage", "ann", "--rater", "--runs", str(tmp_path))
+    assert "1 of its judgements are from ann" in touched
+    assert "accord-diffusion/1 champion" in touched
+    assert "'zoe' judged nothing" in accord("lineage", "zoe", "--rater", "--runs", str(tmp_path))
     assert "Error: there is no model" in accord("show", "accord-diffusion/9", code=2)
     assert "none before it" in accord("rollback", "accord-diffusion", "--why", "bad", code=2)
     assert "cannot read the config" in accord("register", str(tmp_path / "absent.yaml"), code=2)

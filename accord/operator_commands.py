@@ -1,0 +1,37 @@
+"""`accord job` and `accord status`, which become `python -m ray_jobs.operate`; that one needs Ray."""
+
+import os
+import sys
+
+import typer
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+app = typer.Typer()
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="Operating")
+def job(context: typer.Context) -> None:
+    """Submit, list, follow and stop jobs on a Ray cluster or on Kubernetes."""
+    _become("job", context.args)
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="Operating")
+def status(context: typer.Context) -> None:
+    """Services, jobs, models in service and feedback waiting."""
+    _become("status", context.args)
+
+
+@app.command(context_settings=_PASS_ON, rich_help_panel="Operating")
+def models(context: typer.Context) -> None:
+    """Registered models: list, show, register, promote, roll back, and what each was made from."""
+    from accord.registry.commands import app as commands
+
+    sys.exit(commands(context.args, prog_name="accord models"))
+
+
+def _become(command: str, arguments: list[str]) -> None:
+    """Replaces this process: Ctrl-C, exit status and terminal are the command's own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "ray_jobs.operate", command, *arguments])
