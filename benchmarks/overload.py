@@ -86,6 +86,7 @@ def _overload(remote: Remote, rate: float, seconds: float, seed: int) -> Seen:
     """Requests of two tokens in turn; the clock runs from the first to the last answer."""
     seen = Seen()
     client = Client(remote)
+    client.wait_until_ready()
     lock = threading.Lock()
     requests = SINGLE.requests(rate, int(rate * seconds), seed)
     begun_s = time.perf_counter()

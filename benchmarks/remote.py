@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -42,6 +44,7 @@ def started(name: str, settings: Settings) -> Iterator[Remote]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])},  # of Ray's workers too
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -89,6 +92,20 @@ class Client:
             metadata=self.remote.metadata(token),
         )
         return as_future(call, lambda response: len(response.images) == request.images)
+
+    def wait_until_ready(self, timeout_s: float = 120.0) -> None:
+        """Serve's proxy learns of an application a moment after it runs."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                self.submit(
+                    Request(0.0, "one red star", seed=1, steps=2, images=1, guidance_scale=1.0)
+                ).result()
+                return
+            except grpc.RpcError as error:
+                if time.monotonic() > deadline_s:
+                    raise SystemExit(f"the server does not answer: {error}") from None
+                time.sleep(0.5)
 
     def close(self) -> None:
         self.channel.close()

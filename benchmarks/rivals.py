@@ -173,7 +173,7 @@ def rival_server(name: str, settings: Settings, port: int) -> Iterator[list[str]
         deployed = deployment(made).options(
             max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 1}, name=name
         )
-        serve.run(deployed.bind(asdict(settings)), name="rival", route_prefix=None)
+        serve.run(deployed.bind(asdict(settings)), name="rival")
         yield []
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]

@@ -68,6 +68,7 @@ def _runs(
     runs: list[dict[str, Any]] = []
     with started(name, settings) as remote:
         client = Client(remote)
+        client.wait_until_ready()
         for mix in (MIXES[kind] for kind in traffic):
             best = ceiling.images_per_s(mix)
             warm = play(mix.requests(1000.0, 4, seed=10_000), client.submit)
