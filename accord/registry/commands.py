@@ -124,7 +124,7 @@ def show(model: ModelArgument, registry: RegistryOption = None, as_json: JsonOpt
     typer.echo("Gate:")
     for check in version.checks():
         typer.echo(f"  {check}")
-    typer.echo(f"History of {version.name}:")
+    typer.echo(f"History of {version.name}:" if events else f"No alias of {version.name} was ever moved.")
     for event in events:
         target = "nothing" if event.version is None else f"version {event.version}"
         forced = " (gate not passed)" if event.forced else ""

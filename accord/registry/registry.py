@@ -87,6 +87,7 @@ class Registry:
         # A few short tries, so that an operator is told soon.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it sets its level when it is imported
         for library in ("alembic", "mlflow"):
             logging.getLogger(library).setLevel(logging.ERROR)
         self._shown = redact_url(uri)
@@ -131,7 +132,7 @@ class Registry:
                     self._client.set_model_version_tag(name, str(version), key, value)
             else:
                 # No path: a registry that runs as a server takes none as a source.
-                made = self._client.create_model_version(name, source=f"accord:{digest}", tags=tags)
+                made = self._client.create_model_version(name, source=f"accord://models/{digest}", tags=tags)
                 version = int(made.version)
         return self.get(f"{name}/{version}"), not there
 
@@ -198,6 +199,8 @@ class Registry:
         """
         _check_request(alias, why)
         version = self.get(reference)
+        if alias == CANARY and CHAMPION in version.aliases:
+            raise RegistryError(f"{version} is the champion: it serves already, and cannot be a canary too")
         checks = version.checks()
         failed = [one for one in checks if not one.passed]
         if failed and not force:

@@ -28,6 +28,8 @@ from ray_jobs.operate.jobs import (
 
 _CHECK_EVERY_S = 10.0  # while no line comes: is the cluster still there?
 _RECONNECT_AFTER_S = 1.0
+# Behind this, Ray's message on a failed job repeats the end of its log.
+_LOGS_IN_MESSAGE = ", last available logs"
 # Ray would take these addresses rather than the one that it is given.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
@@ -256,7 +258,7 @@ def _job(details: Any) -> Job:
         recipe=metadata.get("accord.recipe", ""),
         status=str(getattr(details.status, "value", details.status)),
         content=metadata.get("accord.content"),
-        message=str(details.message or "").strip(),
+        message=str(details.message or "").partition(_LOGS_IN_MESSAGE)[0].strip(),
         started=_time(details.start_time),
         ended=_time(details.end_time),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,9 @@ def test_the_same_model_is_one_version_and_takes_later_numbers(registry: Registr
     ]
     registry.promote(NAME + "/1", **WHO)
     assert champion(registry) == 1
+    # A registry that runs as a server takes neither a local path nor a URI without an absolute one.
+    source = urllib.parse.urlparse(registry._client.get_model_version(NAME, "1").source)
+    assert (source.scheme, source.path[:1]) == ("accord", "/")
 
 
 def test_a_model_that_fails_its_gate_serves_only_by_force_and_on_record(
@@ -128,6 +132,8 @@ def test_a_canary_is_taken_out_or_becomes_champion(registry: Registry, tmp_path:
     registry.promote(one, **WHO)
     registry.promote(two, alias=CANARY, **WHO)
     assert (champion(registry), registry.get(f"{NAME}@canary").version) == (1, 2)
+    with pytest.raises(RegistryError, match="is the champion"):
+        registry.promote(one, alias=CANARY, **WHO)
     assert registry.rollback(NAME, alias=CANARY, **WHO) is None
     with pytest.raises(RegistryError, match="has no canary"):
         registry.rollback(NAME, alias=CANARY, **WHO)

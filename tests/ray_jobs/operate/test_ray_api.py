@@ -145,7 +145,7 @@ def test_a_job_is_submitted_once_listed_followed_stopped_and_started_again(
     assert second == first.rpartition("-")[0] + "-2"
     (tmp_path / "run.release").touch()
     followed = accord(cluster, "logs", str(recipe), "--follow", code=1)  # the recipe's newest job
-    assert followed.count("waiting") == followed.count("let go") == 1
+    assert followed.count("waiting") == followed.count("let go") == 1, followed
     assert "evaluation is not there yet" in followed  # the stage's own error, as it wrote it
     assert f"The job {second} ended: FAILED" in followed
     assert backend.job(second).status == FAILED
