@@ -16,7 +16,11 @@ export function newKey() {
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
+// Answers may arrive in another order than their questions: each carries its question's number, `asked`.
+let asked = 0;
+
 export async function call(path, body) {
+  const number = (asked += 1);
   const csrf = document.querySelector("meta[name=csrf-token]").content;
   let response;
   try {
@@ -27,7 +31,7 @@ export async function call(path, body) {
       body: JSON.stringify(body),
       signal: AbortSignal.timeout(20_000),
     });
-    if (response.ok) return await response.json();
+    if (response.ok) return { ...(await response.json()), asked: number };
   } catch {
     throw new Unreachable("The server cannot be reached.");
   }

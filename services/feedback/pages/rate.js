@@ -11,6 +11,7 @@ const KEPT = 20;
 let queue = []; // {task, pictures, choice}; choice: verdicts by image, or [preference]
 let active = 0; // the image that keys act on
 let progress = null;
+let progressAsked = 0;
 let filling = null;
 let finished = false; // the server had nothing more to give
 let problem = ""; // why no task can be shown
@@ -48,7 +49,7 @@ async function fetchTasks() {
       const held = queue.map((entry) => entry.task.task_id);
       const reply = await call("/api/next", { held });
       outbox.reachable = true;
-      progress = reply.progress;
+      learn(reply);
       problem = "";
       finished = !reply.task;
       if (finished) return;
@@ -67,8 +68,15 @@ async function fetchTasks() {
   }
 }
 
+// What a question asked earlier says is older, and is not shown.
+function learn({ progress: told, asked }) {
+  if (!told || asked < progressAsked) return;
+  progress = told;
+  progressAsked = asked;
+}
+
 async function acknowledged(entry, reply) {
-  progress = reply.progress ?? progress;
+  learn(reply);
   if (entry.op !== "undo") return;
   if (!reply.task) {
     say("There is nothing to take back.");

@@ -53,7 +53,8 @@ class Screen:
 
     def enter(self, running: Running, rater: str, campaign: str = "shapes") -> None:
         self.page.goto(running.site + running.invite(rater, campaign))
-        self.page.keyboard.press("Enter")  # the button has the focus
+        self.page.wait_for_selector("button:focus")  # it has the focus as soon as the page is drawn
+        self.page.keyboard.press("Enter")
         self.page.wait_for_url("**/rate")
 
     def task(self, other_than: str = "") -> tuple[str, list[str]]:
