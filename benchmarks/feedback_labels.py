@@ -16,6 +16,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,7 +73,7 @@ def main() -> None:
 
 def measure(
     recipe: Recipe, encoder: ClipEncoder, directory: Path, images: int, errors: Sequence[float], seed: int
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """The test AUC by kind of labels, and how many training labels are right."""
     grammar, folder = load_grammar(recipe.grammar), ImageFolder(directory / "images")
     candidates, truth = draw(images, 1000 + seed, grammar, folder)

@@ -38,13 +38,13 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Where to write all numbers.")] = None,
 ) -> None:
     """Prints a Markdown table: milliseconds for a batch, both ways, and their ratio."""
-    from services.reward.deployment import ScoreRequest, load_reward, score_all
+    from services.reward.deployment import Perturbations, ScoreRequest, load_reward, score_all
 
     torch.set_num_threads(threads)
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(pairs)]
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(pairs)]
-    model, grammar = load_reward(reward), load_grammar("shapes")
+    model, perturbations = load_reward(reward), Perturbations(load_grammar("shapes"), 10)
     asked = ScoreRequest(model.digest, tuple(images), tuple(prompts), True)
     message = reward_pb2.ScoreImagesRequest(
         pairs=[
@@ -61,7 +61,7 @@ def main(
                 raise SystemExit(f"asked for {pairs} scores, got {len(answer.scores)}")
 
         def direct() -> None:
-            score_all([(model, asked)], grammar, 10)
+            score_all([(model, asked)], perturbations)
 
         calls: dict[str, Callable[[], None]] = {"direct": direct, "served": served}
         times_ms: dict[str, list[float]] = {name: [] for name in calls}

@@ -13,11 +13,9 @@ import typer
 from typer.core import TyperCommand
 
 import accord
-from accord import operator_commands
-from accord.cli import generation, tokens
+from accord.cli import feedback, generation, operate, tokens
 from accord.cli.common import errors_shown
 from accord.errors import ConfigError
-from accord.feedback_cli import app as feedback_app
 
 DEMO_RECIPE = Path("recipes") / "sandbox" / "demo.yaml"
 _EACH = "{count: %d, colour: %d, background: %d, combination: %d}"
@@ -42,9 +40,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog=_EPILOG,
 )
-app.add_typer(operator_commands.app)
+app.add_typer(operate.app)
 app.add_typer(tokens.app, name="token", rich_help_panel="Serving")
-app.add_typer(feedback_app, name="feedback", rich_help_panel="People's judgements")
+app.add_typer(feedback.app, name="feedback", rich_help_panel="People's judgements")
 
 
 def run_job(module: str, arguments: Sequence[str]) -> NoReturn:
