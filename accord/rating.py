@@ -1,7 +1,7 @@
 """The feedback service beside a job, while its images are judged: `feedback.serve` of a recipe.
 
 Simulated raters rate over gRPC, from a process of their own; a person does it in the browser. The service is
-a process too. All that counts is in the store: whatever is stopped at whatever moment, the next start goes on.
+a process too. All that counts is in the store: whatever is stopped, at any moment, the next start goes on.
 """
 
 import contextlib

@@ -175,9 +175,9 @@ def _require_judgements(
     campaign = _campaign(recipe, run_dir, labelled, candidates_digest)
     raise FeedbackError(
         f"{problem} People are to judge them: the campaign {campaign.campaign_id!r} has "
-        f"{campaign.num_answers} of {campaign.num_answers_wanted} answers. Open the rating page on that store, with the images of "
-        f"{run_dir / 'images'} (docs/feedback.md says how), and give the same command again when the "
-        "campaign is complete; or name a `panel` of simulated raters in the recipe."
+        f"{campaign.num_answers} of {campaign.num_answers_wanted} answers. Open the rating page on "
+        f"that store, with the images of {run_dir / 'images'} (docs/feedback.md says how), and give the same "
+        "command again when the campaign is complete; or name a `panel` of simulated raters in the recipe."
     )
 
 
