@@ -19,7 +19,7 @@ import pytest
 
 from accord import rating
 from accord.cli import PERSON
-from accord.errors import ConfigError
+from accord.errors import AccordError, ConfigError
 from accord.feedback import Campaigns, FeedbackStore
 from accord.feedback.snapshot import load_snapshot_judgements, snapshot_raters
 from accord.recipe import Recipe, load_recipe
@@ -217,7 +217,7 @@ def test_where_there_is_no_browser_none_is_opened(monkeypatch: pytest.MonkeyPatc
 
 def test_a_service_that_cannot_start_says_why(collected: Path, tmp_path: Path, recipe: Recipe) -> None:
     with (
-        pytest.raises(ConfigError, match=r"(?s)no image folder.*service\.log"),
+        pytest.raises(AccordError, match=r"(?s)no image folder.*service\.log"),
         rating.rating_service(recipe, tmp_path / "run", tmp_path / "nowhere"),
     ):
         pass
