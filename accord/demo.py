@@ -8,11 +8,8 @@ import contextlib
 import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import yaml
 from rich.console import Console
 
 from accord.artifacts import read_manifest, write_file
+from accord.children import child, wait_for_file
 from accord.client import Client, GeneratedImage, Generation, manifest_json
 from accord.config import resolve_path
 from accord.errors import AccordError
@@ -36,7 +34,6 @@ LOG = "serve.log"
 CANDIDATES = 16
 MODELS = ("base", "aligned")
 START_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 60.0
 REQUEST_TIMEOUT_S = 120.0
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -160,41 +157,12 @@ def local_server(config: Path, log: Path) -> Iterator[tuple[str, str]]:
         command = [sys.executable, "-m", "services.local", "--environment", str(config), "--port", "0"]
         command += ["--tokens", str(Path(private) / "tokens.yaml"), "--secret", str(secret)]
         command += ["--endpoint-file", str(endpoint)]
-        with open(log, "wb") as output:
-            # A session of its own, so that a Ctrl-C reaches it once: from us.
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
-        try:
-            _wait_until_serving(process, endpoint, log)
+        with child(command, log) as process:
+            try:
+                wait_for_file(process, endpoint, START_TIMEOUT_S, "the server", log)
+            except AccordError as error:
+                raise AccordError(f"{error}; --skip-serving leaves it out") from None
             yield json.loads(endpoint.read_bytes())["address"], secret.read_text().strip()
-        finally:
-            _stop(process)
-
-
-def _wait_until_serving(process: subprocess.Popen[bytes], endpoint: Path, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not endpoint.exists():
-        if process.poll() is not None or time.monotonic() > deadline:
-            lines = log.read_text("utf-8", "replace").strip().splitlines()
-            why = "ended" if process.poll() is not None else f"did not serve within {START_TIMEOUT_S:.0f} s"
-            last = f": {lines[-1]}" if lines else ""
-            raise AccordError(f"the server {why}{last}\nIts log is {log}; --skip-serving leaves it out")
-        time.sleep(0.1)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the server, also when the user has no patience: Ray's processes end with it."""
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except BaseException as error:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
 
 
 def _ask(client: Client, recipe: Recipe, prompt: str, model: str, guidance: float | None) -> Generation:

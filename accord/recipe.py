@@ -83,6 +83,11 @@ class FeedbackConfig(Config):
     judgements_per_image: PositiveInt = 1
     aggregation: Literal["majority", "weighted"] = "majority"
     """How votes become a label: all count the same, or by their rater's estimated reliability."""
+    serve: bool = False
+    """Whether the feedback service runs beside `judge`: the panel's raters rate over gRPC, several at once; a
+    person in the browser. Without it the panel is asked directly, and people judge elsewhere."""
+    rater: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "me"
+    """With `serve` and no panel: the name under which the person at the keyboard judges."""
 
 
 class RayConfig(Config):
@@ -145,6 +150,15 @@ class Recipe(Config):
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
+
+    @model_validator(mode="after")
+    def _one_person_has_one_vote(self) -> Self:
+        if self.feedback.serve and self.panel is None and self.feedback.judgements_per_image > 1:
+            raise ValueError(
+                "with feedback.serve and no panel one person judges, each image once: "
+                f"feedback.judgements_per_image is {self.feedback.judgements_per_image}; expected 1"
+            )
+        return self
 
     def feedback_url(self, run_dir: Path) -> str:
         """The SQLAlchemy URL of the store of judgements. It may hold a password: never print it."""

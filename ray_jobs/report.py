@@ -13,7 +13,7 @@ from accord.demo import load_served
 from accord.evaluation.plan import BEST_OF, TEST
 from accord.evaluation.report import BestOfCard, Gallery, PairCard, RankedImage, build_report, results_table
 from accord.evaluation.summary import build_summary
-from accord.feedback.snapshot import load_snapshot, snapshot_distribution
+from accord.feedback.snapshot import load_snapshot, snapshot_distribution, snapshot_raters
 from accord.recipe import Recipe
 from ray_jobs import _cli, evaluate, inputs, stages
 from ray_jobs.progress import console, say
@@ -44,6 +44,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
             seconds=stages.read_seconds(run_dir),
             config=recipe.evaluate,
             seed=recipe.seed,
+            raters=snapshot_raters(run_dir / "snapshot"),
             feature_name=inputs.make_evaluator(recipe).feature_name,
         )
         stages.write_json(run_dir / "summary.json", summary)

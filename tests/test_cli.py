@@ -90,6 +90,21 @@ def test_demo_is_the_loop_and_serving_on_the_demo_s_recipe(executed: list[list[s
     ]
 
 
+def test_demo_with_a_person_is_the_same_with_fewer_images(executed: list[list[str]]) -> None:
+    invoke("demo", "--rater", "ann", "--set", "seed=1")
+    invoke("demo", "--skip-serving", "--rater=ann")
+    first, second = executed
+    assert first[:3] == [sys.executable, "-m", "ray_jobs.demo"]
+    assert first[-2:] == ["--set", "seed=1"]  # last, and so it counts
+    assert second[2] == "ray_jobs.loop"
+    for words in executed:
+        assert {"panel=null", "feedback.rater=ann", "run_dir=runs/demo-ann"} <= set(words)
+        assert not [word for word in words if word.startswith("--rater")]
+    for arguments in (["--rater"], ["--rater", "--set"]):
+        assert "accord demo --rater me" in invoke("demo", *arguments).stderr
+    assert len(executed) == 2
+
+
 def test_serve_is_the_services_on_this_machine(executed: list[list[str]]) -> None:
     invoke("serve", "--port", "0", "--help")
     assert executed == [[sys.executable, "-m", "services.local", "--port", "0", "--help"]]

@@ -18,6 +18,15 @@ from accord.cli.common import errors_shown
 from accord.errors import ConfigError
 
 DEMO_RECIPE = Path("recipes") / "sandbox" / "demo.yaml"
+_EACH = "{count: %d, colour: %d, background: %d, combination: %d}"
+# Twenty prompts of three images: some minutes for a person.
+PERSON = (
+    "panel=null",
+    "feedback.serve=true",
+    "feedback.judgements_per_image=1",
+    "collect.labelled.prompts=" + _EACH % (5, 5, 5, 5),
+    "collect.labelled.images_per_prompt=" + _EACH % (3, 3, 3, 3),
+)
 
 _EPILOG = "Each stage takes --recipe FILE, --set SECTION.KEY=VALUE, --run-dir and --address: see its --help."
 # All options go to the job as they are, --help too.
@@ -83,12 +92,28 @@ def demo(context: typer.Context) -> None:
     """The paper's whole loop on the world of shapes, in minutes: images, votes, reward, tuning, report.
 
     At its end it serves the models that it made, and asks them over gRPC; with --skip-serving it does not.
+    With --rater NAME you are the rater: it opens the rating page, and goes on when you have judged 60 images.
     """
     with errors_shown():
-        recipe = demo_recipe()
-    arguments = [argument for argument in context.args if argument != "--skip-serving"]
-    job = "demo" if arguments == context.args else "loop"
-    run_job(job, ["--recipe", str(recipe), *arguments])
+        recipe, (changes, given) = demo_recipe(), _for_a_person(context.args)
+    arguments = [argument for argument in given if argument != "--skip-serving"]
+    job = "demo" if arguments == given else "loop"
+    run_job(job, ["--recipe", str(recipe), *changes, *arguments])
+
+
+def _for_a_person(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What `--rater NAME` changes in the demo's recipe, as options, and the arguments without it."""
+    changes, rest, given = [], [], iter(arguments)
+    for argument in given:
+        if argument.partition("=")[0] != "--rater":
+            rest.append(argument)
+            continue
+        name = argument.partition("=")[2] or next(given, "")
+        if not name or name.startswith("-"):
+            raise ConfigError("--rater needs the name under which you judge, such as: accord demo --rater me")
+        for change in (*PERSON, f"feedback.rater={name}", f"run_dir=runs/demo-{name}"):
+            changes += ["--set", change]
+    return changes, rest
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Start here")

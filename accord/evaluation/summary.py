@@ -17,7 +17,8 @@ readable.MODEL                share of readable images
 change.MODEL                  diversity, readable and frechet above the base's
 frontier                      one entry for each model and guidance scale, on the "choice" prompts
 frontier_gain.MODEL           success above the base's at equal guidance, and at equal Fréchet distance
-feedback, agreement (judge and evaluator), protocol, digests, seconds.STAGE, verdict
+feedback, raters (who judged, and how much they agree), agreement (judge and evaluator), protocol, digests,
+seconds.STAGE, verdict
 """
 
 from collections.abc import Mapping
@@ -84,6 +85,7 @@ def build_summary(
     config: EvaluateConfig,
     seed: int,
     feature_name: str,
+    raters: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The summary of a comparison: plain JSON values only, the same for the same input and seed.
 
@@ -99,6 +101,7 @@ def build_summary(
         reward_rows: held-out labelled images: prompt, category, split, label, reward, reward_no_auxiliary,
             clip.
         feature_name: what the features are, for the report.
+        raters: who judged; see `accord.feedback.snapshot.snapshot_raters`.
 
     Raises:
         AccordError: for missing columns, unaligned features, a prompt on which both guidance was chosen and a
@@ -139,6 +142,7 @@ def build_summary(
             for model in tuned
         },
         "feedback": feedback,
+        "raters": raters or {},
         "agreement": _agreement(measurements, bootstrap),
         "protocol": _protocol(test, config, seed),
         "digests": digests,

@@ -8,6 +8,7 @@ digest.
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from accord.artifacts import Manifest, artifact_writer, read_manifest, verify
 from accord.errors import FeedbackError
 from accord.feedback.aggregate import Labels, VoteCount, find_aggregation, shares_by_category
+from accord.feedback.quality import krippendorff_alpha
 from accord.feedback.store import FeedbackStore, Judged
 from accord.feedback.tables import VERDICTS
 from accord.tables import read_table
@@ -169,3 +171,34 @@ def load_snapshot_raters(directory: str | Path) -> pd.DataFrame:
     verify(directory, SNAPSHOT_KIND)
     frame: pd.DataFrame = read_table(Path(directory) / RATERS_NAME, _RATERS_SCHEMA).to_pandas()
     return frame
+
+
+def snapshot_raters(directory: str | Path) -> dict[str, Any]:
+    """Who judged, and how much they agree; empty for a snapshot of a version that did not keep judgements.
+
+    `count` raters; `alpha`, Krippendorff's, over the `items` images that two or more did not skip (None where
+    nobody can be compared); and `by_rater`: `judgements`, and shares of `good`, `bad` and `skip`.
+
+    Raises:
+        ArtifactError: as `load_snapshot`.
+    """
+    if not (Path(directory) / JUDGEMENTS_NAME).exists():
+        return {}
+    said: dict[tuple[str, str], dict[str, str]] = {}
+    given: dict[str, Counter[str]] = {}
+    for image, prompt, rater, verdict in load_snapshot_judgements(directory).itertuples(index=False):
+        given.setdefault(rater, Counter())[verdict] += 1
+        if verdict != "skip":
+            said.setdefault((image, prompt), {})[rater] = verdict
+    return {
+        "count": len(given),
+        "items": sum(len(votes) > 1 for votes in said.values()),
+        "alpha": krippendorff_alpha(list(said.values())),
+        "by_rater": {
+            rater: {
+                "judgements": counts.total(),
+                **{verdict: counts[verdict] / counts.total() for verdict in VERDICTS},
+            }
+            for rater, counts in sorted(given.items())
+        },
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ import uvicorn
 from prometheus_client import start_http_server
 from rich.console import Console
 
+from accord.artifacts import write_file
 from accord.cli.common import errors_shown
 from accord.config import load_yaml, redact_url, validate
 from accord.errors import ConfigError
@@ -49,11 +51,14 @@ def serve(
     url: UrlOption = None,
     images: ImagesOption = None,
     state_dir: StateOption = None,
+    endpoint_file: Annotated[
+        Path | None, typer.Option("--endpoint-file", help="Gets, once it serves, its addresses, as JSON.")
+    ] = None,
 ) -> None:
     """Serve the rating page, gRPC and metrics until Ctrl-C or SIGTERM."""
     with errors_shown():
         settings = read_config(config, overrides, url=url, images=images, state_dir=state_dir)
-        asyncio.run(Service(settings).run())
+        asyncio.run(Service(settings, endpoint_file).run())
 
 
 @app.command()
@@ -87,11 +92,18 @@ def rate(
     ] = None,
     grammar: Annotated[str, typer.Option("--grammar", help="The grammar of the prompts.")] = "shapes",
     seed: Annotated[int, typer.Option("--seed", help="Of what the raters say.")] = 0,
+    panel: Annotated[
+        str, typer.Option("--panel", help="The factory of simulated raters, as a recipe names it.")
+    ] = "accord.shapes.raters:panel",
+    names: Annotated[
+        list[str], typer.Option("--rater", metavar="NAME", help="Only these of its raters.")
+    ] = [],  # noqa: B006
 ) -> None:
-    """Have the simulated raters of the world of shapes judge a campaign, all of them at once."""
-    from services.feedback.raters import Door, rate_campaign  # torch: seconds that only this needs
+    """Have simulated raters judge a campaign over gRPC, all of them at once."""
+    from services.feedback.raters import Door, rate_campaign, raters_of  # torch: seconds that only this needs
 
     with errors_shown():
+        raters = raters_of(panel, names)
         token = read_secret(token_file or default_secret_path())
         door = Door(address, token, certificates.read_bytes() if certificates else None)
         console = Console(stderr=True)
@@ -99,6 +111,7 @@ def rate(
             total = rate_campaign(
                 door,
                 campaign,
+                raters=raters,
                 grammar=grammar,
                 seed=seed,
                 on_answer=lambda count: status.update(f"Raters are judging: {count} answers"),
@@ -127,8 +140,9 @@ def read_config(path: Path | None, overrides: list[str], **options: Any) -> Feed
 class Service:
     """The page, gRPC and the metrics in one process. `run` ends on SIGINT and SIGTERM."""
 
-    def __init__(self, config: FeedbackServiceConfig) -> None:
+    def __init__(self, config: FeedbackServiceConfig, endpoint_file: Path | None = None) -> None:
         self._config = config
+        self._endpoint_file = endpoint_file
         self._stop = asyncio.Event()
         self.serving = threading.Event()
         """Set when it answers on all of its ports."""
@@ -180,6 +194,8 @@ class Service:
         print(f"Rating page  {config.site}  (operators: {config.site}/operator)")
         print(f"gRPC         {self.addresses['gRPC']}")
         print(f"Metrics      {self.addresses['metrics']}", flush=True)
+        if self._endpoint_file is not None:
+            write_file(self._endpoint_file, json.dumps(self.addresses) + "\n")
         self.serving.set()
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import grpc
 
-from accord.errors import FeedbackError
+from accord.config import load_object
+from accord.errors import ConfigError, FeedbackError
 from accord.evaluation.protocols import Question
 from accord.images import decode_image
 from accord.prompts import Grammar, load_grammar
@@ -99,6 +100,24 @@ def rate_campaign(
             stop.set()
             raise
     return total
+
+
+def raters_of(panel: str, names: Sequence[str] = ()) -> Sequence[Rater]:
+    """The members of a panel that a recipe names; only those of these names, if any are given.
+
+    Raises:
+        ConfigError: there is no such panel or rater, or the panel cannot be asked rater by rater.
+    """
+    found = load_object(panel)()
+    if not isinstance(found, SimulatedPanel):
+        raise ConfigError(
+            f"the raters of {panel} cannot rate one by one; expected the factory of a "
+            "accord.shapes.raters.SimulatedPanel (in a recipe, feedback.serve=false asks any panel directly)"
+        )
+    by_name = {rater.name: rater for rater in found.members}
+    if unknown := [name for name in names if name not in by_name]:
+        raise ConfigError(f"{panel} has no rater {unknown[0]!r}; expected one of {', '.join(by_name)}")
+    return [by_name[name] for name in names] or found.members
 
 
 class _OneRater:

@@ -172,6 +172,15 @@ def example_summary() -> dict[str, Any]:
         "readable": {m: estimate(v, 0.03, 432) for m, v in zip(MODELS, (0.914, 0.921, 0.902), strict=True)},
         "frontier": frontier,
         "guidance": {"base": 3.0, "control": 3.0, "aligned": 2.0},
+        "raters": {
+            "count": 3,
+            "items": 1019,
+            "alpha": 0.8137,
+            "by_rater": {
+                f"panel/{name}": {"judgements": 1024, "good": good, "bad": 0.99 - good, "skip": 0.01}
+                for name, good in (("ben", 0.452), ("edith", 0.461), ("hugo", 0.467))
+            },
+        },
         "feedback": {
             name: {
                 "candidates": n,

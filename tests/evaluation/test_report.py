@@ -80,6 +80,20 @@ def test_has_every_section_in_order(html: str) -> None:
     assert "<h1>What the feedback changed</h1>" in html
 
 
+def test_says_who_judged_and_how_much_they_agree(html: str) -> None:
+    text = " ".join(Page(html).texts)
+    assert "3 raters judged." in text
+    assert "Krippendorff’s α 0.81" in text
+    found = re.findall(r"panel/(\w+) ([\d, .]+)", re.sub(r"\s+", " ", text))
+    assert [name for name, _ in found] == ["ben", "edith", "hugo"]
+    assert found[0][1].split()[:4] == ["1,024", "45.2", "53.8", "1.0"]
+    one = example_summary()
+    one["raters"] = {"count": 1, "items": 0, "alpha": None, "by_rater": {}}
+    alone = " ".join(Page(build_report(one, example_gallery(), example_run_info())).texts)
+    assert "One rater judged." in alone
+    assert "Krippendorff" not in alone
+
+
 def test_what_was_served_is_put_in_replaced_and_taken_out_again(html: str) -> None:
     served = example_gallery().served
     assert served is not None

@@ -8,7 +8,7 @@ import pytest
 from accord.artifacts import read_manifest, sha256_file
 from accord.errors import ArtifactError, FeedbackError
 from accord.feedback import Candidate, FeedbackStore, Judgement
-from accord.feedback.snapshot import load_snapshot, snapshot_distribution, write_snapshot
+from accord.feedback.snapshot import load_snapshot, snapshot_distribution, snapshot_raters, write_snapshot
 
 MakeCandidate = Callable[..., Candidate]
 MakeJudgement = Callable[..., Judgement]
@@ -62,6 +62,22 @@ def test_snapshot(judged: FeedbackStore, tmp_path: Path) -> None:
         (4, "red star", "colour", 0, 1, 0, "0.0", 1.0),
     ]  # and not 5, which nobody judged
     assert snapshot_distribution(frame) == judged.distribution()
+
+
+def test_who_judged_and_how_much_they_agree(judged: FeedbackStore, tmp_path: Path) -> None:
+    write_snapshot(judged, tmp_path / "snapshot", inputs={}, seed=7)
+    found = snapshot_raters(tmp_path / "snapshot")
+    # By hand: good, good, bad and good, bad are comparable. D_o = 4 / 5, D_e = 12 / (5 * 4).
+    assert found.pop("alpha") == pytest.approx(1 - (4 / 5) / (12 / 20))
+    assert found == {
+        "count": 3,
+        "items": 2,
+        "by_rater": {
+            "ann": {"judgements": 5, "good": 0.4, "bad": 0.4, "skip": 0.2},
+            "bob": {"judgements": 2, "good": 0.5, "bad": 0.5, "skip": 0.0},
+            "cat": {"judgements": 2, "good": 0.0, "bad": 0.5, "skip": 0.5},
+        },
+    }
 
 
 def test_the_same_judgements_have_the_same_digest(judged: FeedbackStore, url: str, tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def build_report(summary: Mapping[str, Any], gallery: Gallery, run_info: Mapping
         best_of=tables.best_of(summary),
         reward=tables.reward(summary),
         feedback=tables.feedback(summary),
+        raters=tables.raters(summary),
+        raters_agree=tables.raters_agree(summary),
         agreement=tables.agreement(summary),
         protocol={
             key: fixed(number(summary, "protocol", key), 0)

@@ -250,6 +250,34 @@ def feedback(summary: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def raters(summary: Mapping[str, Any]) -> list[Row]:
+    """Who judged: judgements, shares of good, bad and skipped."""
+    found = node(summary, "raters", "by_rater")
+    if not isinstance(found, Mapping):
+        return []
+    rows = []
+    for name in found:
+        shares = [number(found, name, verdict) for verdict in ("good", "bad", "skip")]
+        cells = [Cell(fixed(number(found, name, "judgements"), 0)), *(Cell(percent(s, 1)) for s in shares)]
+        rows.append(Row(str(name), cells))
+    return rows
+
+
+def raters_agree(summary: Mapping[str, Any]) -> str:
+    """How many judged, and how much they agree, in words; empty when it is not known."""
+    count, items = number(summary, "raters", "count"), number(summary, "raters", "items")
+    alpha = number(summary, "raters", "alpha")
+    if not count:
+        return ""
+    judged = "One rater judged." if count == 1 else f"{fixed(count, 0)} raters judged."
+    if alpha is None or not items:
+        return judged
+    return (
+        f"{judged} On the {fixed(items, 0)} images that two or more did not skip, their agreement is "
+        f"Krippendorff’s α {fixed(alpha)} (1 is full agreement, 0 is chance)."
+    )
+
+
 def agreement(summary: Mapping[str, Any]) -> str:
     """How often judge and evaluator agree, in words; empty when it was not measured."""
     at, kappa = estimate(summary, "agreement"), number(summary, "agreement", "kappa")
