@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 import accord
 from accord import operator_commands
-from accord.cli import generation, tokens
+from accord.cli import generation, rating, tokens
 from accord.cli.common import errors_shown
 from accord.errors import ConfigError
 from accord.feedback_cli import app as feedback_app
@@ -160,6 +160,7 @@ class _ScoreCommand(TyperCommand):
 app.command(rich_help_panel="Serving")(generation.generate)
 app.command(rich_help_panel="Serving", cls=_ScoreCommand)(generation.score)
 app.command(rich_help_panel="Serving")(generation.replay)
+app.command(rich_help_panel="Serving")(rating.rate)
 
 
 @app.command("pretrain-shapes", context_settings=_PASS_ON, rich_help_panel="Making the sandbox")
