@@ -19,7 +19,7 @@ from services.gateway import scoring, validation
 from services.gateway.backend import Backend
 from services.gateway.calls import Call, Calls, Context
 from services.gateway.errors import Reason, RequestError
-from services.gateway.generate import Result, Session, image_message, parallel
+from services.gateway.generate import Emit, Result, Session, image_message, parallel
 from services.gateway.health import Health
 from services.gateway.limits import Admissions, Refusal, Resource
 from services.gateway.pictures import encode
@@ -128,7 +128,7 @@ class Gateway:
     ) -> pb.GenerateImagesResponse:
         plan = self._plan(request.spec)
         async with self._admitted(call, "candidates", parallel(plan, self._config.limits)):
-            session = Session(self._backend, plan, self._config.limits, self._encoder, call.request_id)
+            session = self._session(plan, call)
             result = await session.run()
         self._count(result)
         images = [session.image(result, one, rank) for rank, one in enumerate(result.kept, start=1)]
@@ -140,9 +140,7 @@ class Gateway:
         plan = self._plan(request.spec)
         queue: asyncio.Queue[pb.StreamImagesResponse | None] = asyncio.Queue()
         async with self._admitted(call, "candidates", parallel(plan, self._config.limits)):
-            session = Session(
-                self._backend, plan, self._config.limits, self._encoder, call.request_id, queue.put_nowait
-            )
+            session = self._session(plan, call, queue.put_nowait)
             running = asyncio.create_task(session.run())
             running.add_done_callback(lambda _: queue.put_nowait(None))
             try:
@@ -196,6 +194,10 @@ class Gateway:
     def _plan(self, spec: pb.GenerationSpec) -> validation.Plan:
         return validation.plan(spec, self._config.limits, self._config.sampler)
 
+    def _session(self, plan: validation.Plan, call: Call, emit: Emit | None = None) -> Session:
+        limits, canary = self._config.limits, self._config.canary
+        return Session(self._backend, plan, limits, self._encoder, call.request_id, emit, canary)
+
     @contextlib.asynccontextmanager
     async def _admitted(self, call: Call, resource: Resource, cost: int) -> AsyncIterator[None]:
         assert call.principal is not None
@@ -211,7 +213,7 @@ class Gateway:
             self._metrics.images.inc(len(result.kept))
             self._metrics.per_image.observe(drawn / len(result.kept))
         for candidate in result.kept:
-            self._metrics.rewards.observe(candidate.reward)
+            self._metrics.rewards.observe(candidate.reward, tags={"role": result.role.value})
 
 
 def _refused(refusal: Refusal) -> RequestError:
