@@ -53,6 +53,12 @@ class GatewayMetrics:
             "accord_cancelled_total", "Requests that the client gave up.", tag_keys=("method",)
         )
         self.expired = Counter("accord_expired_total", "Requests that ran out of time.", tag_keys=("method",))
+        self.recorded = Counter(
+            "accord_recorded_images_total",
+            "Served images sent to the feedback service (sent), not taken by it (failed), or not sent "
+            "because too many waited (dropped).",
+            tag_keys=("outcome",),
+        )
 
     def count_model(self, role: str, digest: str, seconds: float | None) -> None:
         """A request that a model answered after so many seconds, or (None) failed at."""

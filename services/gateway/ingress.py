@@ -23,6 +23,7 @@ from services.gateway.generate import Emit, Result, Session, image_message, para
 from services.gateway.health import Health
 from services.gateway.limits import Admissions, Refusal, Resource
 from services.gateway.pictures import encode
+from services.gateway.recording import Recorder, Served
 from services.gateway.replay import replay, within
 from services.metrics import GatewayMetrics
 from services.models import Catalogue
@@ -44,6 +45,7 @@ class Gateway:
         self._backend = Backend(generation, reward, self._metrics)
         self._calls = Calls(TokenFile.load(self._settings.tokens or default_tokens_path()), self._metrics)
         self._admissions = Admissions(limiter, self._config.limits)
+        self._recorder = Recorder(self._metrics)
         self._health = Health(lambda: self._backend.ready)
         self._encoder = ThreadPoolExecutor(self._settings.encoder_threads, "images")
 
@@ -54,6 +56,7 @@ class Gateway:
         self._admissions.configure(limits)
         self._health.max_watches = limits.max_watches
         self._backend.max_attempts = limits.max_attempts
+        self._recorder.configure(self._config.record)
         self._backend.start()
 
     async def GenerateImages(self, data: bytes, grpc_context: Context) -> pb.GenerateImagesResponse:  # noqa: N802
@@ -132,6 +135,7 @@ class Gateway:
             result = await session.run()
         self._count(result)
         images = [session.image(result, one, rank) for rank, one in enumerate(result.kept, start=1)]
+        self._record(session, result)
         return pb.GenerateImagesResponse(request_id=call.request_id, images=images, summary=result.summary)
 
     async def _stream_images(
@@ -156,6 +160,7 @@ class Gateway:
             pb.Ranking(image_id=one.image_id, rank=rank, reward=one.reward)
             for rank, one in enumerate(result.kept, start=1)
         ]
+        self._record(session, result)
         completed = pb.Completed(request_id=call.request_id, ranking=ranking, summary=result.summary)
         yield pb.StreamImagesResponse(completed=completed)
 
@@ -205,6 +210,13 @@ class Gateway:
             if refusal is not None:
                 raise _refused(refusal)
             yield
+
+    def _record(self, session: Session, result: Result) -> None:
+        for rank, candidate in enumerate(result.kept, start=1):
+            if self._recorder.wants(candidate.image_id):
+                image = session.image(result, candidate, rank)
+                png = image.data if image.mime_type == "image/png" else b""
+                self._recorder.offer(Served(image.image_id, candidate.pixels, png, image.manifest))
 
     def _count(self, result: Result) -> None:
         drawn = result.summary.candidates_done
