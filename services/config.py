@@ -184,11 +184,36 @@ class SamplerDefaults(Config):
     scheduler: SchedulerName = "DPMSolverMultistepScheduler"
 
 
+class CanarySettings(Config):
+    """A model on trial beside the default: it answers a share of the requests that name no model."""
+
+    model: str = Field(min_length=1)
+    """Alias of a model of the generation's table. While it is not loaded, the default answers."""
+    share: float = Field(ge=0.0, le=1.0)
+
+
+class RecordSettings(Config):
+    """Served images that are sent to the feedback service, so that clients can rate them by image_id."""
+
+    url: str = Field(min_length=1)
+    """gRPC address of the feedback service: HOST:PORT, or grpcs://HOST:PORT for TLS."""
+    share: float = Field(ge=0.0, le=1.0)
+    token_file: str
+    """A file, on every node, with a token that has the scope `feedback`."""
+    ca_file: str = ""
+    """PEM of the authorities to trust; empty: the public ones."""
+    queue_images: int = Field(default=64, ge=1)
+    """Images of a gateway replica that may wait to be sent; what comes on top is dropped."""
+    timeout_s: float = Field(default=10.0, gt=0.0)
+
+
 class GatewayUserConfig(Config):
     """What can be changed while the gateway runs."""
 
     limits: Limits = Field(default_factory=Limits)
     sampler: SamplerDefaults = Field(default_factory=SamplerDefaults)
+    canary: CanarySettings | None = None
+    record: RecordSettings | None = None
 
 
 class GatewaySettings(DeploymentSettings):
@@ -210,6 +235,16 @@ class ServeConfig(Config):
     generation: GenerationSettings
     reward: RewardSettings
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
+
+    @model_validator(mode="after")
+    def _canary_is_there(self) -> ServeConfig:
+        canary, models = self.gateway.user_config.canary, self.generation.user_config.models
+        if canary is not None and canary.model not in models:
+            raise ValueError(
+                f"gateway.user_config.canary: {canary.model!r} is none of generation.user_config.models: "
+                f"{', '.join(models)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _gateway_refuses_first(self) -> ServeConfig:

@@ -7,12 +7,13 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0]
 _REWARDS = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0]
+MODEL_DIGITS = 12
 _CANDIDATES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0]
 
 
 class GatewayMetrics:
     """Of a gateway replica. `method` is the rpc's name, `status` the gRPC code's, `reason` of the error
-    catalogue."""
+    catalogue; `role` is champion, canary or named, `model` the first digits of a digest."""
 
     def __init__(self) -> None:
         self.requests = Counter("accord_requests_total", "Requests ended.", tag_keys=("method", "status"))
@@ -33,12 +34,38 @@ class GatewayMetrics:
             "Candidates drawn for each image returned, of a request.",
             boundaries=_CANDIDATES,
         )
-        self.rewards = Histogram("accord_reward", "Rewards of images returned.", boundaries=_REWARDS)
+        self.rewards = Histogram(
+            "accord_reward", "Rewards of images returned.", boundaries=_REWARDS, tag_keys=("role",)
+        )
+        self.model_requests = Counter(
+            "accord_model_requests_total",
+            "Requests that a diffusion model answered (ok) or failed at (error).",
+            tag_keys=("role", "model", "outcome"),
+        )
+        self.model_latency = Histogram(
+            "accord_model_request_seconds",
+            "Time in which a diffusion model answered a request.",
+            boundaries=_SECONDS,
+            tag_keys=("role", "model"),
+        )
         self.retries = Counter("accord_retries_total", "Calls begun again.", tag_keys=("deployment", "cause"))
         self.cancelled = Counter(
             "accord_cancelled_total", "Requests that the client gave up.", tag_keys=("method",)
         )
         self.expired = Counter("accord_expired_total", "Requests that ran out of time.", tag_keys=("method",))
+        self.recorded = Counter(
+            "accord_recorded_images_total",
+            "Served images sent to the feedback service (sent), not taken by it (failed), or not sent "
+            "because too many waited (dropped).",
+            tag_keys=("outcome",),
+        )
+
+    def count_model(self, role: str, digest: str, seconds: float | None) -> None:
+        """A request that a model answered after so many seconds, or (None) failed at."""
+        tags = {"role": role, "model": digest[:MODEL_DIGITS]}
+        self.model_requests.inc(tags={**tags, "outcome": "error" if seconds is None else "ok"})
+        if seconds is not None:
+            self.model_latency.observe(seconds, tags=tags)
 
 
 class EngineMetrics:

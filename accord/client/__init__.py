@@ -25,6 +25,7 @@ from accord.client.errors import (
     UntrustedCertificate,
     Violation,
 )
+from accord.client.feedback import FeedbackClient
 from accord.client.requests import GenerationOptions
 from accord.client.results import (
     Accepted,
@@ -49,6 +50,7 @@ __all__ = [
     "ClientError",
     "DeadlineExceeded",
     "Endpoint",
+    "FeedbackClient",
     "GeneratedImage",
     "Generation",
     "GenerationOptions",

@@ -43,6 +43,11 @@ _NOT_TLS = re.compile(r"WRONG_VERSION_NUMBER|HTTP_REQUEST|ssl handshake failed",
 _CLOSED = re.compile(
     r"failed to connect.*(socket closed|connection reset)|http1\.x server", re.IGNORECASE | re.DOTALL
 )
+_REQUESTS_FAULT = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.ALREADY_EXISTS,
+)
 _MESSAGE_SIZE = re.compile(r"message larger than max", re.IGNORECASE)
 
 
@@ -164,7 +169,7 @@ def _classified(
         return Unauthenticated(_wrong_token(target) if has_token else _no_token(target), **about)
     if code is grpc.StatusCode.PERMISSION_DENIED:
         return PermissionDenied(message or f"{target} does not allow this call with this token", **about)
-    if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE):
+    if code in _REQUESTS_FAULT:
         violations = _violations(rich)
         return InvalidRequest(_listed(message, violations), violations, **about)
     if code is grpc.StatusCode.NOT_FOUND:

@@ -8,12 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, func, select
+from sqlalchemy import Connection, Row, and_, func, literal, select
 
 from accord.feedback.aggregate import VoteCount, shares_by_category
 from accord.feedback.assignment import task_name
 from accord.feedback.campaign_records import Campaign, Progress, Rater, StoredJudgement, StuckTask
-from accord.feedback.campaign_tables import answers, campaigns, exclusions, places, tasks
+from accord.feedback.campaign_tables import answers, campaigns, exclusions, places, served_images, tasks
 from accord.feedback.counting import counted, standing
 from accord.feedback.quality import Agreement, agreement_by_category, suspected, weigh
 from accord.feedback.tables import candidates, judgements
@@ -226,6 +226,33 @@ def judgements_page(
     if number is not None:
         query = query.where(answers.c.campaign == number)
     return [StoredJudgement(*row[:-1], created_at=aware(row[-1])) for row in connection.execute(query)]
+
+
+def served_verdicts(connection: Connection, since: datetime.datetime | None) -> dict[str, dict[str, int]]:
+    """model -> verdict -> count, of the verdicts that clients sent for images that were served to them."""
+    served = served_images
+    query = (
+        select(served.c.model, judgements.c.verdict, func.count())
+        .join_from(
+            judgements,
+            served,
+            and_(
+                judgements.c.image == served.c.image,
+                judgements.c.prompt == served.c.prompt,
+                # As `Campaigns.served` and `ServedImages.rate` write it: the same image may be served twice.
+                judgements.c.idempotency_key
+                == literal("served ").concat(served.c.image_id).concat(" ").concat(judgements.c.rater),
+            ),
+        )
+        .where(counted())
+        .group_by(served.c.model, judgements.c.verdict)
+    )
+    if since is not None:
+        query = query.where(judgements.c.created_at >= since)
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for model, verdict, count in connection.execute(query):
+        found[model][verdict] = count
+    return dict(found)
 
 
 def raters(connection: Connection, campaign: Row[Any]) -> list[Rater]:

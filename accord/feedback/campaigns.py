@@ -4,6 +4,7 @@ Under any number of raters and processes at once, every task gets exactly the wa
 by another rater. A task that is taken and not answered comes back when its lease runs out.
 """
 
+import datetime
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -368,6 +369,11 @@ class Campaigns:
         if found is None:
             raise NotFoundError(f"no served image {image_id!r} was recorded")
         return Judgement(f"served {idempotency_key}", found.image, found.prompt, rater, verdict)
+
+    def served_verdicts(self, since: datetime.datetime | None = None) -> dict[str, dict[str, int]]:
+        """The verdicts on served images that count, by model and verdict."""
+        with self._database.reading() as connection:
+            return campaign_reading.served_verdicts(connection, since)
 
     def _campaign(self, campaign_id: str) -> Row[Any]:
         if campaign_id not in self._known:

@@ -1,5 +1,7 @@
 """Served images: recorded when they are served, judged when a client says whether they were right."""
 
+import datetime
+
 from accord.errors import FeedbackError
 from accord.feedback.campaign_records import AnsweredError
 from accord.feedback.campaigns import Campaigns
@@ -44,6 +46,13 @@ class ServedImages:
             candidate = Candidate(digest, prompt, SERVED, SERVED, seed, width, height, model_digest)
             self._store.add_candidates([candidate])
         return self._campaigns.record_served(image_id, digest, prompt, model_digest)
+
+    def verdicts(self, since: datetime.datetime | None = None) -> dict[str, dict[str, int]]:
+        """How often each verdict was given to the served images of each model, by the model's digest.
+
+        Only what counts, and only what was given by `rate` since then.
+        """
+        return self._campaigns.served_verdicts(since)
 
     def rate(self, image_id: str, rater: str, verdict: str) -> bool:
         """Counts a rater's verdict ("good", "bad" or "skip") durably; False when it was counted before.

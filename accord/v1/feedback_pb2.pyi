@@ -466,6 +466,59 @@ class UndoAnswerResponse(_message.Message):
 Global___UndoAnswerResponse: _TypeAlias = UndoAnswerResponse  # noqa: Y015
 
 @_typing.final
+class RecordServedImageRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_ID_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    image_id: _builtins.str
+    """The id that the client got with the image."""
+    image: _builtins.bytes
+    """The PNG."""
+    prompt: _builtins.str
+    model_digest: _builtins.str
+    seed: _builtins.int
+    def __init__(
+        self,
+        *,
+        image_id: _builtins.str = ...,
+        image: _builtins.bytes = ...,
+        prompt: _builtins.str = ...,
+        model_digest: _builtins.str = ...,
+        seed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "image_id", b"image_id", "model_digest", b"model_digest", "prompt", b"prompt", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordServedImageRequest: _TypeAlias = RecordServedImageRequest  # noqa: Y015
+
+@_typing.final
+class RecordServedImageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDED_FIELD_NUMBER: _builtins.int
+    recorded: _builtins.bool
+    """False when it was recorded before."""
+    def __init__(
+        self,
+        *,
+        recorded: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["recorded", b"recorded"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordServedImageResponse: _TypeAlias = RecordServedImageResponse  # noqa: Y015
+
+@_typing.final
 class RateServedImageRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -511,6 +564,76 @@ class RateServedImageResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RateServedImageResponse: _TypeAlias = RateServedImageResponse  # noqa: Y015
+
+@_typing.final
+class CountServedVerdictsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINCE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Verdicts given since then; absent: all."""
+
+    def __init__(
+        self,
+        *,
+        since: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountServedVerdictsRequest: _TypeAlias = CountServedVerdictsRequest  # noqa: Y015
+
+@_typing.final
+class ServedVerdicts(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    GOOD_FIELD_NUMBER: _builtins.int
+    BAD_FIELD_NUMBER: _builtins.int
+    SKIP_FIELD_NUMBER: _builtins.int
+    model_digest: _builtins.str
+    good: _builtins.int
+    bad: _builtins.int
+    skip: _builtins.int
+    def __init__(
+        self,
+        *,
+        model_digest: _builtins.str = ...,
+        good: _builtins.int = ...,
+        bad: _builtins.int = ...,
+        skip: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad", b"bad", "good", b"good", "model_digest", b"model_digest", "skip", b"skip"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServedVerdicts: _TypeAlias = ServedVerdicts  # noqa: Y015
+
+@_typing.final
+class CountServedVerdictsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServedVerdicts]: ...
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___ServedVerdicts] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountServedVerdictsResponse: _TypeAlias = CountServedVerdictsResponse  # noqa: Y015
 
 @_typing.final
 class Judgement(_message.Message):

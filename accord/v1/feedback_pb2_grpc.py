@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class FeedbackServiceStub:
     """Served by the feedback service, not by Ray Serve. Scopes: `rate` leases, submits, undoes and rates served images;
-    `feedback` (operators) creates, lists and exports.
+    `feedback` (operators and the gateway) creates, records, lists, counts and exports.
     """
 
     def __init__(self, channel):
@@ -61,10 +61,20 @@ class FeedbackServiceStub:
                 request_serializer=accord_dot_v1_dot_feedback__pb2.UndoAnswerRequest.SerializeToString,
                 response_deserializer=accord_dot_v1_dot_feedback__pb2.UndoAnswerResponse.FromString,
                 _registered_method=True)
+        self.RecordServedImage = channel.unary_unary(
+                '/accord.v1.FeedbackService/RecordServedImage',
+                request_serializer=accord_dot_v1_dot_feedback__pb2.RecordServedImageRequest.SerializeToString,
+                response_deserializer=accord_dot_v1_dot_feedback__pb2.RecordServedImageResponse.FromString,
+                _registered_method=True)
         self.RateServedImage = channel.unary_unary(
                 '/accord.v1.FeedbackService/RateServedImage',
                 request_serializer=accord_dot_v1_dot_feedback__pb2.RateServedImageRequest.SerializeToString,
                 response_deserializer=accord_dot_v1_dot_feedback__pb2.RateServedImageResponse.FromString,
+                _registered_method=True)
+        self.CountServedVerdicts = channel.unary_unary(
+                '/accord.v1.FeedbackService/CountServedVerdicts',
+                request_serializer=accord_dot_v1_dot_feedback__pb2.CountServedVerdictsRequest.SerializeToString,
+                response_deserializer=accord_dot_v1_dot_feedback__pb2.CountServedVerdictsResponse.FromString,
                 _registered_method=True)
         self.ListJudgements = channel.unary_unary(
                 '/accord.v1.FeedbackService/ListJudgements',
@@ -80,7 +90,7 @@ class FeedbackServiceStub:
 
 class FeedbackServiceServicer:
     """Served by the feedback service, not by Ray Serve. Scopes: `rate` leases, submits, undoes and rates served images;
-    `feedback` (operators) creates, lists and exports.
+    `feedback` (operators and the gateway) creates, records, lists, counts and exports.
     """
 
     def CreateCampaign(self, request, context):
@@ -117,8 +127,22 @@ class FeedbackServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordServedImage(self, request, context):
+        """Keeps an image that the gateway served, so that it can be rated. Again with the same id and image: kept once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RateServedImage(self, request, context):
         """Says whether a served image is right. The gateway must have recorded it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CountServedVerdicts(self, request, context):
+        """How the served images were rated, by the model that made them: only what counts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -165,10 +189,20 @@ def add_FeedbackServiceServicer_to_server(servicer, server):
                     request_deserializer=accord_dot_v1_dot_feedback__pb2.UndoAnswerRequest.FromString,
                     response_serializer=accord_dot_v1_dot_feedback__pb2.UndoAnswerResponse.SerializeToString,
             ),
+            'RecordServedImage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordServedImage,
+                    request_deserializer=accord_dot_v1_dot_feedback__pb2.RecordServedImageRequest.FromString,
+                    response_serializer=accord_dot_v1_dot_feedback__pb2.RecordServedImageResponse.SerializeToString,
+            ),
             'RateServedImage': grpc.unary_unary_rpc_method_handler(
                     servicer.RateServedImage,
                     request_deserializer=accord_dot_v1_dot_feedback__pb2.RateServedImageRequest.FromString,
                     response_serializer=accord_dot_v1_dot_feedback__pb2.RateServedImageResponse.SerializeToString,
+            ),
+            'CountServedVerdicts': grpc.unary_unary_rpc_method_handler(
+                    servicer.CountServedVerdicts,
+                    request_deserializer=accord_dot_v1_dot_feedback__pb2.CountServedVerdictsRequest.FromString,
+                    response_serializer=accord_dot_v1_dot_feedback__pb2.CountServedVerdictsResponse.SerializeToString,
             ),
             'ListJudgements': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJudgements,
@@ -190,7 +224,7 @@ def add_FeedbackServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class FeedbackService:
     """Served by the feedback service, not by Ray Serve. Scopes: `rate` leases, submits, undoes and rates served images;
-    `feedback` (operators) creates, lists and exports.
+    `feedback` (operators and the gateway) creates, records, lists, counts and exports.
     """
 
     @staticmethod
@@ -329,6 +363,33 @@ class FeedbackService:
             _registered_method=True)
 
     @staticmethod
+    def RecordServedImage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/accord.v1.FeedbackService/RecordServedImage',
+            accord_dot_v1_dot_feedback__pb2.RecordServedImageRequest.SerializeToString,
+            accord_dot_v1_dot_feedback__pb2.RecordServedImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def RateServedImage(request,
             target,
             options=(),
@@ -345,6 +406,33 @@ class FeedbackService:
             '/accord.v1.FeedbackService/RateServedImage',
             accord_dot_v1_dot_feedback__pb2.RateServedImageRequest.SerializeToString,
             accord_dot_v1_dot_feedback__pb2.RateServedImageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CountServedVerdicts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/accord.v1.FeedbackService/CountServedVerdicts',
+            accord_dot_v1_dot_feedback__pb2.CountServedVerdictsRequest.SerializeToString,
+            accord_dot_v1_dot_feedback__pb2.CountServedVerdictsResponse.FromString,
             options,
             channel_credentials,
             insecure,

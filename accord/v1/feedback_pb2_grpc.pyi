@@ -28,7 +28,7 @@ GRPC_VERSION: str
 
 class FeedbackServiceStub:
     """Served by the feedback service, not by Ray Serve. Scopes: `rate` leases, submits, undoes and rates served images;
-    `feedback` (operators) creates, lists and exports.
+    `feedback` (operators and the gateway) creates, records, lists, counts and exports.
     """
 
     @_typing.overload
@@ -44,8 +44,12 @@ class FeedbackServiceStub:
     """Commits the answer to a leased task before it returns. Again with the same idempotency_key: counted once."""
     UndoAnswer: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.UndoAnswerRequest, _feedback_pb2.UndoAnswerResponse]
     """Takes back this rater's last answer of the campaign."""
+    RecordServedImage: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.RecordServedImageRequest, _feedback_pb2.RecordServedImageResponse]
+    """Keeps an image that the gateway served, so that it can be rated. Again with the same id and image: kept once."""
     RateServedImage: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.RateServedImageRequest, _feedback_pb2.RateServedImageResponse]
     """Says whether a served image is right. The gateway must have recorded it."""
+    CountServedVerdicts: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.CountServedVerdictsRequest, _feedback_pb2.CountServedVerdictsResponse]
+    """How the served images were rated, by the model that made them: only what counts."""
     ListJudgements: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.ListJudgementsRequest, _feedback_pb2.ListJudgementsResponse]
     ExportJudgements: _grpc.UnaryStreamMultiCallable[_feedback_pb2.ExportJudgementsRequest, _feedback_pb2.ExportJudgementsResponse]
     """All judgements that count, oldest first."""
@@ -53,7 +57,7 @@ class FeedbackServiceStub:
 @_typing.type_check_only
 class FeedbackServiceAsyncStub(FeedbackServiceStub):
     """Served by the feedback service, not by Ray Serve. Scopes: `rate` leases, submits, undoes and rates served images;
-    `feedback` (operators) creates, lists and exports.
+    `feedback` (operators and the gateway) creates, records, lists, counts and exports.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -66,15 +70,19 @@ class FeedbackServiceAsyncStub(FeedbackServiceStub):
     """Commits the answer to a leased task before it returns. Again with the same idempotency_key: counted once."""
     UndoAnswer: _aio.UnaryUnaryMultiCallable[_feedback_pb2.UndoAnswerRequest, _feedback_pb2.UndoAnswerResponse]  # type: ignore[assignment]
     """Takes back this rater's last answer of the campaign."""
+    RecordServedImage: _aio.UnaryUnaryMultiCallable[_feedback_pb2.RecordServedImageRequest, _feedback_pb2.RecordServedImageResponse]  # type: ignore[assignment]
+    """Keeps an image that the gateway served, so that it can be rated. Again with the same id and image: kept once."""
     RateServedImage: _aio.UnaryUnaryMultiCallable[_feedback_pb2.RateServedImageRequest, _feedback_pb2.RateServedImageResponse]  # type: ignore[assignment]
     """Says whether a served image is right. The gateway must have recorded it."""
+    CountServedVerdicts: _aio.UnaryUnaryMultiCallable[_feedback_pb2.CountServedVerdictsRequest, _feedback_pb2.CountServedVerdictsResponse]  # type: ignore[assignment]
+    """How the served images were rated, by the model that made them: only what counts."""
     ListJudgements: _aio.UnaryUnaryMultiCallable[_feedback_pb2.ListJudgementsRequest, _feedback_pb2.ListJudgementsResponse]  # type: ignore[assignment]
     ExportJudgements: _aio.UnaryStreamMultiCallable[_feedback_pb2.ExportJudgementsRequest, _feedback_pb2.ExportJudgementsResponse]  # type: ignore[assignment]
     """All judgements that count, oldest first."""
 
 class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by the feedback service, not by Ray Serve. Scopes: `rate` leases, submits, undoes and rates served images;
-    `feedback` (operators) creates, lists and exports.
+    `feedback` (operators and the gateway) creates, records, lists, counts and exports.
     """
 
     @_abc_1.abstractmethod
@@ -117,12 +125,28 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         """Takes back this rater's last answer of the campaign."""
 
     @_abc_1.abstractmethod
+    def RecordServedImage(
+        self,
+        request: _feedback_pb2.RecordServedImageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feedback_pb2.RecordServedImageResponse, _abc.Awaitable[_feedback_pb2.RecordServedImageResponse]]:
+        """Keeps an image that the gateway served, so that it can be rated. Again with the same id and image: kept once."""
+
+    @_abc_1.abstractmethod
     def RateServedImage(
         self,
         request: _feedback_pb2.RateServedImageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_feedback_pb2.RateServedImageResponse, _abc.Awaitable[_feedback_pb2.RateServedImageResponse]]:
         """Says whether a served image is right. The gateway must have recorded it."""
+
+    @_abc_1.abstractmethod
+    def CountServedVerdicts(
+        self,
+        request: _feedback_pb2.CountServedVerdictsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feedback_pb2.CountServedVerdictsResponse, _abc.Awaitable[_feedback_pb2.CountServedVerdictsResponse]]:
+        """How the served images were rated, by the model that made them: only what counts."""
 
     @_abc_1.abstractmethod
     def ListJudgements(

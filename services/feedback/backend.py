@@ -132,6 +132,11 @@ class Backend:
             besides = task.task_id
         return None
 
+    def record_served(self, image_id: str, png: bytes, prompt: str, model: str, seed: int) -> bool:
+        """Keeps a served image; False when it was recorded before."""
+        with self.metrics.timed("record_served"):
+            return self.served.record(image_id, png, prompt, model_digest=model, seed=seed)
+
     def rate_served(self, image_id: str, rater: str, verdict: str) -> bool:
         """Counts a verdict on a served image; False when it was counted before."""
         with self.metrics.timed("rate_served"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from accord.errors import ConfigError
+from accord.errors import ConfigError, ImageError
 from accord.tokens import Principal
 from accord.v1 import feedback_pb2 as pb
 from accord.v1 import feedback_pb2_grpc
@@ -32,7 +33,7 @@ from services.feedback.signing import NAME, RequestError
 DOMAIN = "accord"
 SERVICE = pb.DESCRIPTOR.services_by_name["FeedbackService"].full_name
 
-_MAX_REQUEST_BYTES = 1 << 20
+_MAX_REQUEST_BYTES = 32 << 20  # the gateway sends whole images
 _DEFAULT_PAGE, _MAX_PAGE = 100, 1000
 _EXPORT_PAGE = 500
 _KEY = re.compile(r"[A-Za-z0-9-]{8,64}")
@@ -62,6 +63,14 @@ class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
 
     async def UndoAnswer(self, request: pb.UndoAnswerRequest, context: Any) -> Any:  # noqa: N802
         return await self._unary(context, "rate", self._undo_answer, request)
+
+    async def RecordServedImage(self, request: pb.RecordServedImageRequest, context: Any) -> Any:  # noqa: N802
+        return await self._unary(context, "feedback", self._record_served_image, request)
+
+    async def CountServedVerdicts(  # noqa: N802
+        self, request: pb.CountServedVerdictsRequest, context: Any
+    ) -> Any:
+        return await self._unary(context, "feedback", self._count_served_verdicts, request)
 
     async def RateServedImage(self, request: pb.RateServedImageRequest, context: Any) -> Any:  # noqa: N802
         return await self._unary(context, "rate", self._rate_served_image, request)
@@ -130,6 +139,28 @@ class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
     def _undo_answer(self, request: pb.UndoAnswerRequest, principal: Principal) -> pb.UndoAnswerResponse:
         rater, key = _own_rater(principal, request.rater), _key(request.idempotency_key)
         return pb.UndoAnswerResponse(task_id=self._backend.undo(request.campaign_id, rater, key) or "")
+
+    def _record_served_image(
+        self, request: pb.RecordServedImageRequest, principal: Principal
+    ) -> pb.RecordServedImageResponse:
+        try:
+            recorded = self._backend.record_served(
+                request.image_id, request.image, request.prompt, request.model_digest, request.seed
+            )
+        except ImageError as error:
+            raise RequestError(f"image: {error}") from None
+        return pb.RecordServedImageResponse(recorded=recorded)
+
+    def _count_served_verdicts(
+        self, request: pb.CountServedVerdictsRequest, principal: Principal
+    ) -> pb.CountServedVerdictsResponse:
+        since = request.since.ToDatetime(datetime.UTC) if request.HasField("since") else None
+        found = self._backend.served.verdicts(since)
+        return pb.CountServedVerdictsResponse(
+            models=[
+                pb.ServedVerdicts(model_digest=model, **counts) for model, counts in sorted(found.items())
+            ]
+        )
 
     def _rate_served_image(
         self, request: pb.RateServedImageRequest, principal: Principal

@@ -62,7 +62,7 @@ class Backend:
     """Both deployments, as one gateway replica sees them."""
 
     def __init__(self, generation: Any, reward: Any, metrics: GatewayMetrics) -> None:
-        self._generation, self._reward, self._metrics = generation, reward, metrics
+        self._generation, self._reward, self.metrics = generation, reward, metrics
         self._catalogues: dict[str, Catalogue] = {}
         self._known = asyncio.Event()
         self._refreshing: asyncio.Task[None] | None = None
@@ -92,6 +92,11 @@ class Backend:
             _found(generation, model, "spec.model", "diffusion"),
             _found(reward, reward_model, "spec.reward_model", "reward"),
         )
+
+    async def has_model(self, name: str) -> bool:
+        """Whether a diffusion model of this alias or digest is loaded."""
+        generation, _ = await self.catalogues()
+        return generation.find(name) is not None
 
     async def resolve_reward(self, name: str) -> Loaded:
         _, reward = await self.catalogues()
@@ -180,7 +185,7 @@ class Backend:
                     cause = "queue_full"
                 else:
                     return result
-            self._metrics.retries.inc(tags={"deployment": deployment, "cause": cause})
+            self.metrics.retries.inc(tags={"deployment": deployment, "cause": cause})
             attempt += cause == "replica_died"
             if attempt >= self.max_attempts:
                 raise _unavailable(deployment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -15,17 +16,22 @@ from numpy.typing import NDArray
 import accord
 from accord.diffusion.seeds import candidate_seed
 from accord.v1 import generation_pb2 as pb
-from services.config import Limits
+from services.config import CanarySettings, Limits
 from services.gateway import validation
 from services.gateway.backend import Backend, ModelGone, Models
+from services.gateway.canary import Role
+from services.gateway.canary import role as canary_role
 from services.gateway.errors import Reason, RequestError
 from services.gateway.pictures import encode
 from services.gateway.validation import Plan, Sampling
 from services.generation.deployment import DrawRequest
 from services.reward.deployment import ScoreRequest
 
+logger = logging.getLogger("ray.serve")
+
 PROGRESS_S = 0.2
 RESTARTS = 5
+OUT_OF_TIME = (Reason.REQUEST_TIMEOUT, Reason.TIME_BUDGET_SPENT)
 Emit = Callable[[pb.StreamImagesResponse], None]
 
 
@@ -48,6 +54,7 @@ class Result:
     kept: list[Candidate]
     summary: pb.GenerationSummary
     models: Models
+    role: Role
 
 
 class Session:
@@ -61,32 +68,66 @@ class Session:
         encoder: Executor,
         request_id: str,
         emit: Emit | None = None,
+        canary: CanarySettings | None = None,
     ) -> None:
         self._backend, self._plan, self._limits = backend, plan, limits
         self._encoder, self._request_id, self._emit = encoder, request_id, emit
+        self._canary = canary
         self._begun = time.monotonic()
         self._deadline = self._begun + (plan.time_budget_s or limits.request_timeout_s)
         self._ready: list[Candidate] = []
         self._steps: dict[int, int] = {}
+        self._digest = ""
         self._told = (0.0, -1)
 
     async def run(self) -> Result:
         """Raises RequestError. A model that is unloaded meanwhile makes it begin again with the same seed:
-        the result is of one model."""
+        the result is of one model. What the canary fails at, the default draws."""
+        role = canary_role(self._plan.model, self._request_id, self._canary)
+        if role is not Role.CANARY:
+            return await self._run_as(role, self._plan.model)
+        assert self._canary is not None
+        if not await self._backend.has_model(self._canary.model):
+            return await self._run_as(Role.CHAMPION, "")
+        try:
+            return await self._run_as(role, self._canary.model)
+        except Exception as error:
+            if isinstance(error, RequestError) and error.reason in OUT_OF_TIME:
+                raise
+            refused = _is_refusal(error)
+            cause = error.reason.value if isinstance(error, RequestError) else type(error).__name__
+            logger.warning("request %s: the canary failed (%s), the default draws", self._request_id, cause)
+        failed_digest = self._digest
+        result = await self._run_as(Role.CHAMPION, "")
+        if refused:  # and the default did not: a fault of the canary
+            self._backend.metrics.count_model(role.value, failed_digest, None)
+        return result
+
+    async def _run_as(self, role: Role, model: str) -> Result:
+        begun = time.monotonic()
         for _ in range(RESTARTS):
-            models = await self._backend.resolve(self._plan.model, self._plan.reward_model)
-            sampling = self._sized(models)
-            self._ready, self._steps = [], {}
-            self._tell_accepted(models)
+            models = await self._backend.resolve(model, self._plan.reward_model)
+            self._ready, self._steps, self._digest = [], {}, models.diffusion.digest
             try:
-                reason = await self._draw_all(models, sampling)
+                result = await self._run_with(role, models)
             except ModelGone:
                 await self._backend.refresh()
                 continue
-            return await self._finish(models, sampling, reason)
+            except Exception as error:
+                if not _is_refusal(error):
+                    self._backend.metrics.count_model(role.value, self._digest, None)
+                raise
+            self._backend.metrics.count_model(role.value, self._digest, time.monotonic() - begun)
+            return result
         raise RequestError(
             Reason.BACKEND_UNAVAILABLE, "the models are being changed; try again soon", retry_after_s=2.0
         )
+
+    async def _run_with(self, role: Role, models: Models) -> Result:
+        sampling = self._sized(models)
+        self._tell_accepted(models)
+        reason = await self._draw_all(models, sampling)
+        return await self._finish(role, models, sampling, reason)
 
     def _sized(self, models: Models) -> Sampling:
         return with_size(self._plan.sampling, models, "spec")
@@ -154,7 +195,9 @@ class Session:
             )
         return pb.FINISH_REASON_TIME_BUDGET
 
-    async def _finish(self, models: Models, sampling: Sampling, reason: pb.FinishReason.ValueType) -> Result:
+    async def _finish(
+        self, role: Role, models: Models, sampling: Sampling, reason: pb.FinishReason.ValueType
+    ) -> Result:
         kept = ranked(self._ready)[: self._plan.num_images]
         await self._encode(models, sampling, kept)
         summary = pb.GenerationSummary(
@@ -165,7 +208,7 @@ class Session:
             reward_model_digest=models.reward.digest,
         )
         summary.elapsed.FromNanoseconds(int((time.monotonic() - self._begun) * 1e9))
-        return Result(kept, summary, models)
+        return Result(kept, summary, models, role)
 
     async def _encode(self, models: Models, sampling: Sampling, candidates: Iterable[Candidate]) -> None:
         loop = asyncio.get_running_loop()
@@ -230,6 +273,11 @@ class Session:
             candidates_total=total,
         )
         self._emit(pb.StreamImagesResponse(progress=progress))
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the fault is the request's, as far as one model can tell."""
+    return isinstance(error, RequestError) and error.reason is Reason.FIELD_INVALID
 
 
 def parallel(plan: Plan, limits: Limits) -> int:

@@ -19,10 +19,11 @@ from services.gateway import scoring, validation
 from services.gateway.backend import Backend
 from services.gateway.calls import Call, Calls, Context
 from services.gateway.errors import Reason, RequestError
-from services.gateway.generate import Result, Session, image_message, parallel
+from services.gateway.generate import Emit, Result, Session, image_message, parallel
 from services.gateway.health import Health
 from services.gateway.limits import Admissions, Refusal, Resource
 from services.gateway.pictures import encode
+from services.gateway.recording import Recorder, Served
 from services.gateway.replay import replay, within
 from services.metrics import GatewayMetrics
 from services.models import Catalogue
@@ -44,6 +45,7 @@ class Gateway:
         self._backend = Backend(generation, reward, self._metrics)
         self._calls = Calls(TokenFile.load(self._settings.tokens or default_tokens_path()), self._metrics)
         self._admissions = Admissions(limiter, self._config.limits)
+        self._recorder = Recorder(self._metrics)
         self._health = Health(lambda: self._backend.ready)
         self._encoder = ThreadPoolExecutor(self._settings.encoder_threads, "images")
 
@@ -54,6 +56,7 @@ class Gateway:
         self._admissions.configure(limits)
         self._health.max_watches = limits.max_watches
         self._backend.max_attempts = limits.max_attempts
+        self._recorder.configure(self._config.record)
         self._backend.start()
 
     async def GenerateImages(self, data: bytes, grpc_context: Context) -> pb.GenerateImagesResponse:  # noqa: N802
@@ -128,10 +131,11 @@ class Gateway:
     ) -> pb.GenerateImagesResponse:
         plan = self._plan(request.spec)
         async with self._admitted(call, "candidates", parallel(plan, self._config.limits)):
-            session = Session(self._backend, plan, self._config.limits, self._encoder, call.request_id)
+            session = self._session(plan, call)
             result = await session.run()
         self._count(result)
         images = [session.image(result, one, rank) for rank, one in enumerate(result.kept, start=1)]
+        self._record(session, result)
         return pb.GenerateImagesResponse(request_id=call.request_id, images=images, summary=result.summary)
 
     async def _stream_images(
@@ -140,9 +144,7 @@ class Gateway:
         plan = self._plan(request.spec)
         queue: asyncio.Queue[pb.StreamImagesResponse | None] = asyncio.Queue()
         async with self._admitted(call, "candidates", parallel(plan, self._config.limits)):
-            session = Session(
-                self._backend, plan, self._config.limits, self._encoder, call.request_id, queue.put_nowait
-            )
+            session = self._session(plan, call, queue.put_nowait)
             running = asyncio.create_task(session.run())
             running.add_done_callback(lambda _: queue.put_nowait(None))
             try:
@@ -158,6 +160,7 @@ class Gateway:
             pb.Ranking(image_id=one.image_id, rank=rank, reward=one.reward)
             for rank, one in enumerate(result.kept, start=1)
         ]
+        self._record(session, result)
         completed = pb.Completed(request_id=call.request_id, ranking=ranking, summary=result.summary)
         yield pb.StreamImagesResponse(completed=completed)
 
@@ -196,6 +199,10 @@ class Gateway:
     def _plan(self, spec: pb.GenerationSpec) -> validation.Plan:
         return validation.plan(spec, self._config.limits, self._config.sampler)
 
+    def _session(self, plan: validation.Plan, call: Call, emit: Emit | None = None) -> Session:
+        limits, canary = self._config.limits, self._config.canary
+        return Session(self._backend, plan, limits, self._encoder, call.request_id, emit, canary)
+
     @contextlib.asynccontextmanager
     async def _admitted(self, call: Call, resource: Resource, cost: int) -> AsyncIterator[None]:
         assert call.principal is not None
@@ -204,6 +211,13 @@ class Gateway:
                 raise _refused(refusal)
             yield
 
+    def _record(self, session: Session, result: Result) -> None:
+        for rank, candidate in enumerate(result.kept, start=1):
+            if self._recorder.wants(candidate.image_id):
+                image = session.image(result, candidate, rank)
+                png = image.data if image.mime_type == "image/png" else b""
+                self._recorder.offer(Served(image.image_id, candidate.pixels, png, image.manifest))
+
     def _count(self, result: Result) -> None:
         drawn = result.summary.candidates_done
         self._metrics.candidates.inc(drawn)
@@ -211,7 +225,7 @@ class Gateway:
             self._metrics.images.inc(len(result.kept))
             self._metrics.per_image.observe(drawn / len(result.kept))
         for candidate in result.kept:
-            self._metrics.rewards.observe(candidate.reward)
+            self._metrics.rewards.observe(candidate.reward, tags={"role": result.role.value})
 
 
 def _refused(refusal: Refusal) -> RequestError:

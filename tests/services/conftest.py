@@ -55,6 +55,16 @@ def rolled_directory(session_dir: Path) -> Path:
     return session_dir / "rolled"
 
 
+@pytest.fixture(scope="session")
+def broken_directory(session_dir: Path) -> Path:
+    """A model whose weights are finite and whose samples are not."""
+    model = load_diffusion_model(resolve_path(BASE))
+    with torch.no_grad():
+        model.unet.conv_out.weight.mul_(1e30)
+    save_diffusion_model(model, session_dir / "broken", inputs={}, config={}, seed=0)
+    return session_dir / "broken"
+
+
 def serve_config(reward_directory: Path) -> dict[str, Any]:
     quick = {"health_check_period_s": 1.0, "graceful_shutdown_timeout_s": 60.0}
     return {

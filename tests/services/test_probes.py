@@ -91,6 +91,8 @@ def test_metrics_are_exported(deployment: Deployment) -> None:
         "ray_accord_candidates_total",
         "ray_accord_candidates_per_image_bucket",
         "ray_accord_reward_bucket",
+        "ray_accord_model_requests_total",
+        "ray_accord_model_request_seconds_bucket",
         "ray_accord_scored_images_total",
         "ray_accord_score_batch_images_bucket",
         "ray_accord_engine_batch_occupancy_ratio",

@@ -1,13 +1,17 @@
 """The gRPC interface, over a port, with plain stubs."""
 
+import dataclasses
 import datetime
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -15,6 +19,7 @@ from grpc_status import rpc_status
 
 from accord.feedback import Campaigns, FeedbackStore
 from accord.feedback.served import ServedImages
+from accord.images import encode_png
 from accord.shapes.raters import Rater
 from accord.v1 import feedback_pb2 as pb
 from accord.v1 import feedback_pb2_grpc
@@ -111,6 +116,8 @@ def test_tokens_have_raters_of_their_own(service: Running) -> None:
         ("SubmitAnswer", pb.SubmitAnswerRequest(), "rate"),
         ("UndoAnswer", pb.UndoAnswerRequest(), "rate"),
         ("RateServedImage", pb.RateServedImageRequest(), "rate"),
+        ("RecordServedImage", pb.RecordServedImageRequest(), "feedback"),
+        ("CountServedVerdicts", pb.CountServedVerdictsRequest(), "feedback"),
         ("ListJudgements", pb.ListJudgementsRequest(), "feedback"),
         ("ExportJudgements", pb.ExportJudgementsRequest(), "feedback"),
     ],
@@ -167,6 +174,12 @@ def test_every_method_wants_a_token_with_its_scope(
             pb.RateServedImageRequest(image_id="none", rater="x", idempotency_key=KEY, verdict=1),
             "NOT_FOUND",
             "NOT_FOUND",
+        ),
+        (
+            "RecordServedImage",
+            pb.RecordServedImageRequest(image_id="i", image=b"no PNG", prompt="x"),
+            "INVALID_ARGUMENT",
+            "INVALID_REQUEST",
         ),
         ("ListCampaigns", pb.ListCampaignsRequest(page_size=1001), "INVALID_ARGUMENT", "INVALID_REQUEST"),
         ("ListCampaigns", pb.ListCampaignsRequest(page_token="x"), "INVALID_ARGUMENT", "INVALID_REQUEST"),
@@ -262,6 +275,47 @@ def test_a_served_image_is_rated(start: Callable[..., Running]) -> None:
         ("a prompt of a client's", "robot/app", "good"),
         (collected.prompt, "robot/app", "good"),
     ]
+
+
+def test_served_images_are_recorded_rated_and_counted_by_model(start: Callable[..., Running]) -> None:
+    running = start()
+    boss, robot = Program(running, "boss"), Program(running, "robot")
+    large = encode_png(np.random.default_rng(0).integers(0, 255, (768, 768, 3), dtype=np.uint8))
+    assert len(large) > 1 << 20
+    models = {"one": "a" * 64, "two": "b" * 64, "three": "b" * 64}
+    for image_id, model in models.items():
+        request = pb.RecordServedImageRequest(
+            image_id=image_id, image=large, prompt="a star", model_digest=model, seed=2**63 - 1
+        )
+        assert boss.call("RecordServedImage", request).recorded
+        assert not boss.call("RecordServedImage", request).recorded
+    request.prompt = "another"
+    assert boss.refused("RecordServedImage", request) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INVALID_REQUEST",
+    )
+    verdicts = {("one", "app"): 1, ("one", "web"): 2, ("two", "app"): 2, ("three", "app"): 3}
+    for (image_id, rater), verdict in verdicts.items():
+        rating = pb.RateServedImageRequest(
+            image_id=image_id, rater=rater, idempotency_key=KEY, verdict=verdict
+        )
+        assert robot.call("RateServedImage", rating).counted
+    # A campaign's verdict on a recorded image is none of a client's.
+    with FeedbackStore(running.url) as store:
+        judgement = store.judgements()[0]
+        store.submit([dataclasses.replace(judgement, idempotency_key="other", rater="r", verdict="bad")])
+
+    def counts(request: pb.CountServedVerdictsRequest) -> dict[str, tuple[int, int, int]]:
+        reply = boss.call("CountServedVerdicts", request)
+        return {one.model_digest: (one.good, one.bad, one.skip) for one in reply.models}
+
+    assert counts(pb.CountServedVerdictsRequest()) == {"a" * 64: (1, 1, 0), "b" * 64: (0, 1, 1)}
+    past, future = (Timestamp(seconds=int(time.time()) + ahead) for ahead in (-3600, 3600))
+    assert len(counts(pb.CountServedVerdictsRequest(since=past))) == 2
+    assert counts(pb.CountServedVerdictsRequest(since=future)) == {}
+    with Campaigns(running.url) as campaigns:
+        campaigns.exclude("robot/web", "bored")
+    assert counts(pb.CountServedVerdictsRequest())["a" * 64] == (1, 0, 0)
 
 
 def test_health_and_reflection_need_no_token(service: Running) -> None:
