@@ -58,6 +58,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
                 inputs=stage.inputs,
                 seed=recipe.seed,
                 aggregation=recipe.feedback.aggregation,
+                only=set(zip(labelled["image"], labelled["prompt"], strict=True)),
             )
             _tell(run_dir)
     return read_manifest(run_dir / "snapshot")

@@ -51,8 +51,11 @@ def majority(votes: Sequence[str]) -> float | None:
 
 
 def by_majority(items: Mapping[Hashable, Votes], known: Mapping[Hashable, bool]) -> Labels:
-    """Every vote counts the same; what is known otherwise (gold) does not matter."""
-    labels = {key: majority([verdict for _, verdict in votes]) for key, votes in items.items()}
+    """Every rater counts the same; what is known otherwise (gold) does not matter.
+
+    A rater who judged an item twice (in two campaigns, say) has one vote, his majority.
+    """
+    labels = {key: majority(_voices(votes)) for key, votes in items.items()}
     return Labels(labels, {key: float(label is not None) for key, label in labels.items()}, {})
 
 
@@ -64,10 +67,7 @@ def by_reliability(items: Mapping[Hashable, Votes], known: Mapping[Hashable, boo
     """
     single: dict[Hashable, dict[str, bool]] = {}
     for key, votes in items.items():
-        given: dict[str, list[str]] = defaultdict(list)
-        for rater, verdict in votes:
-            given[rater].append(verdict)
-        decided = {rater: majority(verdicts) for rater, verdicts in given.items()}
+        decided = {rater: majority(verdicts) for rater, verdicts in _by_rater(votes).items()}
         found = {rater: label == 1.0 for rater, label in decided.items() if label is not None}
         if found:
             single[key] = found
@@ -78,6 +78,19 @@ def by_reliability(items: Mapping[Hashable, Votes], known: Mapping[Hashable, boo
         {key: round(abs(value), 6) for key, value in sure.items()},
         weighed.reliability,
     )
+
+
+def _by_rater(votes: Votes) -> dict[str, list[str]]:
+    given: dict[str, list[str]] = defaultdict(list)
+    for rater, verdict in votes:
+        given[rater].append(verdict)
+    return given
+
+
+def _voices(votes: Votes) -> list[str]:
+    """One verdict a rater; "skip" where his own do not decide."""
+    decided = (majority(verdicts) for verdicts in _by_rater(votes).values())
+    return ["skip" if label is None else "good" if label else "bad" for label in decided]
 
 
 Aggregation = Callable[[Mapping[Hashable, Votes], Mapping[Hashable, bool]], Labels]

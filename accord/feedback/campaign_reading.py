@@ -229,10 +229,14 @@ def judgements_page(
 
 
 def served_verdicts(connection: Connection, since: datetime.datetime | None) -> dict[str, dict[str, int]]:
-    """model -> verdict -> count, of the verdicts that clients sent for images that were served to them."""
+    """model -> verdict -> count, of the verdicts that clients sent for images that were served to them.
+
+    A token has one voice an image, its first: raters' names below a token's ("token/name") are the client's
+    own word, and must not outvote others.
+    """
     served = served_images
     query = (
-        select(served.c.model, judgements.c.verdict, func.count())
+        select(served.c.model, served.c.image_id, judgements.c.rater, judgements.c.verdict)
         .join_from(
             judgements,
             served,
@@ -245,14 +249,18 @@ def served_verdicts(connection: Connection, since: datetime.datetime | None) -> 
             ),
         )
         .where(counted())
-        .group_by(served.c.model, judgements.c.verdict)
+        .order_by(judgements.c.id)
     )
     if since is not None:
         query = query.where(judgements.c.created_at >= since)
-    found: dict[str, dict[str, int]] = defaultdict(dict)
-    for model, verdict, count in connection.execute(query):
-        found[model][verdict] = count
-    return dict(found)
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    voices: set[tuple[str, str]] = set()
+    for model, image_id, rater, verdict in connection.execute(query):
+        voice = (image_id, rater.partition("/")[0])
+        if voice not in voices:
+            voices.add(voice)
+            found[model][verdict] += 1
+    return {model: dict(verdicts) for model, verdicts in found.items()}
 
 
 def raters(connection: Connection, campaign: Row[Any]) -> list[Rater]:

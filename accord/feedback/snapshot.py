@@ -6,7 +6,7 @@ digest.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,12 @@ def write_snapshot(
     inputs: Mapping[str, str],
     seed: int,
     aggregation: str = "majority",
+    only: Collection[Key] | None = None,
 ) -> Manifest:
     """Write what was judged until now as an artifact. Candidates that nobody judged are not in it.
 
     Args:
+        only: the (image, prompt) that it is about; a store may hold those of other runs too. Without it, all.
         inputs: digests of the artifacts that the candidates are from, by name.
         seed: the run's; it only goes into the manifest.
         aggregation: how votes become a label; see `accord.feedback.aggregate`.
@@ -76,6 +78,8 @@ def write_snapshot(
     """
     aggregate = find_aggregation(aggregation)
     judged = store.judged()
+    if only is not None:
+        judged = {key: item for key, item in judged.items() if key in only}
     if not judged:
         raise FeedbackError(
             f"{store} holds no judgements, so there is nothing to take a snapshot of; let raters judge first"

@@ -131,10 +131,10 @@ class FeedbackStore:
             return [Judgement(**row) for row in connection.execute(query).mappings()]
 
     def pending(self, k: int) -> list[Candidate]:
-        """The candidates with fewer than `k` judgements that count (a skip is one), by image and prompt."""
+        """The candidates that fewer than `k` raters judged (a skip counts too), by image and prompt."""
         votes = judgements
         counts = (
-            select(votes.c.image, votes.c.prompt, func.count().label("count"))
+            select(votes.c.image, votes.c.prompt, func.count(votes.c.rater.distinct()).label("count"))
             .where(counted())
             .group_by(votes.c.image, votes.c.prompt)
             .subquery()

@@ -53,6 +53,9 @@ def _errors(command: Callable[P, None]) -> Callable[P, None]:
     return guarded
 
 
+_NOT_SERVED = " What serves is what the Serve config names: change that too, or run services.rollout."
+
+
 @app.command()
 @_errors
 def register(
@@ -128,9 +131,8 @@ def show(model: ModelArgument, registry: RegistryOption = None, as_json: JsonOpt
     for event in events:
         target = "nothing" if event.version is None else f"version {event.version}"
         forced = " (gate not passed)" if event.forced else ""
-        typer.echo(
-            f"  {event.at}  {event.action}: {event.alias} is {target}{forced}, by {event.by}: {event.why}"
-        )
+        moved = f"{event.alias} is {target}" if event.alias else f"{target} again"
+        typer.echo(f"  {event.at}  {event.action}: {moved}{forced}, by {event.by}: {event.why}")
 
 
 @app.command()
@@ -139,7 +141,7 @@ def promote(
     model: ModelArgument,
     why: WhyOption,
     canary: Annotated[
-        bool, typer.Option("--canary", help="Serve a share of requests first, as canary.")
+        bool, typer.Option("--canary", help="As canary, which a share of requests should reach first.")
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Although its gate fails; that goes on record.")
@@ -154,7 +156,7 @@ def promote(
     version, checks = _registry(registry).promote(model, by=by or _user(), why=why, alias=alias, force=force)
     for check in checks:
         typer.echo(f"  {check}")
-    typer.echo(f"{version} is now {alias}.")
+    typer.echo(f"{version} is now {alias} in the registry.{_NOT_SERVED}")
 
 
 @app.command()
@@ -173,7 +175,8 @@ def rollback(
 
     alias = CANARY if canary else CHAMPION
     version = _registry(registry).rollback(name, by=by or _user(), why=why, alias=alias)
-    typer.echo(f"{version} is {alias} again." if version else f"{name} has no canary any more.")
+    moved = f"{version} is {alias} again" if version else f"{name} has no canary any more"
+    typer.echo(f"{moved} in the registry.{_NOT_SERVED}")
 
 
 @app.command()

@@ -62,7 +62,10 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class Event:
-    """One move of an alias. `version` is where it points since then, None when it was taken away."""
+    """One move of an alias, or a version registered again with another gate or measurement (without alias).
+
+    `version` is where the alias points since then, None when it was taken away.
+    """
 
     at: str
     action: str
@@ -128,6 +131,17 @@ class Registry:
             there = [found for found in self.versions(name) if found.digest == digest]
             if there:
                 version = there[0].version
+                changed = [
+                    what
+                    for what, old, new in (
+                        ("gate", there[0].gate, gate),
+                        ("measurement", there[0].measured, model.measured),
+                    )
+                    if old != new
+                ]
+                if changed:  # what a gate lets pass is never changed without a record
+                    why = f"another {' and '.join(changed)} than before"
+                    self._record(name, Event(_now(), "register", "", version, None, recipe, why))
                 for key, value in tags.items():
                     self._client.set_model_version_tag(name, str(version), key, value)
             else:
@@ -240,7 +254,11 @@ class Registry:
             self._move(name, "rollback", alias, None, current, by, why)
             return None
         there = {version.version: version for version in self.versions(name)}
-        good = [number for number in self._champions(name) if number != current and number in there]
+        champions = self._champions(name)
+        # What was recorded after the present champion never served: its move failed.
+        if current in champions:
+            champions = champions[: len(champions) - 1 - champions[::-1].index(current)]
+        good = [number for number in champions if number != current and number in there]
         if not good:
             raise RegistryError(
                 f"{name}/{current} is the first champion of {name}: there is none before it to go back to. "
@@ -285,16 +303,18 @@ class Registry:
         forced: bool = False,
     ) -> None:
         """Records a move, then makes it: what serves is never without its record."""
-        at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        event = Event(at, action, alias, version, previous, by, why[:_MAX_REASON_CHARACTERS], forced)
+        event = Event(_now(), action, alias, version, previous, by, why[:_MAX_REASON_CHARACTERS], forced)
         with self._errors(f"move {alias} of {name}"):
-            # Two operators at the same microsecond write two events: the key ends in a random part.
-            key = f"{_EVENT}{at}.{secrets.token_hex(2)}"
-            self._client.set_registered_model_tag(name, key, canonical_json(vars(event)))
+            self._record(name, event)
             if version is None:
                 self._client.delete_registered_model_alias(name, alias)
             else:
                 self._client.set_registered_model_alias(name, alias, str(version))
+
+    def _record(self, name: str, event: Event) -> None:
+        # Two operators at the same microsecond write two events: the key ends in a random part.
+        key = f"{_EVENT}{event.at}.{secrets.token_hex(2)}"
+        self._client.set_registered_model_tag(name, key, canonical_json(vars(event)))
 
     def _ensure_model(self, name: str, kind: str) -> None:
         from mlflow.exceptions import MlflowException
@@ -331,6 +351,10 @@ class Registry:
                 "Name another with --registry or MLFLOW_REGISTRY_URI, or see that its server runs and lets "
                 "you write"
             ) from None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _try_database(uri: str) -> None:

@@ -85,3 +85,11 @@ def test_weighted_labels_of_what_nobody_decided() -> None:
     assert labels.weight == {"a": 0.0, "b": 0.0}
     with pytest.raises(FeedbackError, match="unknown verdict 'fine'"):
         by_reliability({"a": [("ann", "fine")]}, {})
+
+
+def test_a_rater_who_judged_twice_has_one_voice() -> None:
+    """In two campaigns, say: Ann does not outvote Ben."""
+    twice = [("ann", "good"), ("ann", "good"), ("ben", "bad")]
+    assert by_majority({"x": twice}, {}).label == {"x": None}
+    torn = [("ann", "good"), ("ann", "bad"), ("ben", "bad")]
+    assert by_majority({"x": torn}, {}).label == {"x": 0.0}

@@ -143,3 +143,12 @@ def test_an_artifact_that_is_no_snapshot(judged: FeedbackStore, tmp_path: Path) 
     with pytest.raises(ArtifactError, match="is no Parquet file"):
         load_snapshot(tmp_path / "other")
     assert read_manifest(tmp_path / "other").kind == "feedback_snapshot"
+
+
+def test_a_snapshot_is_of_the_candidates_that_it_cites(judged: FeedbackStore, tmp_path: Path) -> None:
+    """Another run's images and votes in the same store are not in it."""
+    [wanted, *_] = [key for key in judged.judged() if key[1] == "two stars"]
+    write_snapshot(judged, tmp_path / "snapshot", inputs={}, seed=0, only={wanted})
+    frame = load_snapshot(tmp_path / "snapshot")
+    assert list(zip(frame["image"], frame["prompt"], strict=True)) == [wanted]
+    assert list(snapshot_raters(tmp_path / "snapshot")["by_rater"]) == ["ann"]

@@ -127,6 +127,30 @@ def test_rollback_returns_to_the_last_good_one_and_not_to_what_was_rolled_back(
     ]
 
 
+def test_rollback_never_goes_to_what_was_recorded_but_never_served(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registry fails between the record of a promotion and its move."""
+    first, second, third = (add(registry, tmp_path, content) for content in ("a", "b", "c"))
+    registry.promote(first, **WHO)
+    registry.promote(second, **WHO)
+    with monkeypatch.context() as broken:
+        broken.setattr(registry._client, "set_registered_model_alias", lambda *_: 1 / 0)
+        with pytest.raises(RegistryError):
+            registry.promote(third, **WHO)
+    assert str(registry.rollback(NAME, **WHO)) == first
+
+
+def test_another_gate_for_a_registered_model_is_on_record(registry: Registry, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", summary=GOOD)
+    for gate in (GateConfig(), GateConfig(), GateConfig(max_frechet_ratio=99.0)):
+        for model in find_models(run):
+            registry.register("accord", model, "tiny", gate)
+    assert [(event.action, event.version, event.why) for event in registry.history(NAME)] == [
+        ("register", 1, "another gate than before")
+    ]
+
+
 def test_a_canary_is_taken_out_or_becomes_champion(registry: Registry, tmp_path: Path) -> None:
     one, two = add(registry, tmp_path, "one"), add(registry, tmp_path, "two")
     registry.promote(one, **WHO)

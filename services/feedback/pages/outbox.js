@@ -4,9 +4,10 @@
 export class Unreachable extends Error {}
 
 export class Refused extends Error {
-  constructor(status, message) {
+  constructor(status, message, reason) {
     super(message);
     this.status = status;
+    this.reason = reason;
   }
 }
 
@@ -38,7 +39,7 @@ export async function call(path, body) {
   const problem = await response.json().catch(() => ({}));
   const message = problem.message || `The server answered with status ${response.status}.`;
   if (response.status >= 500 || response.status === 429) throw new Unreachable(message);
-  throw new Refused(response.status, message);
+  throw new Refused(response.status, message, problem.reason);
 }
 
 export class Outbox {
@@ -49,7 +50,8 @@ export class Outbox {
     this.changed = changed;
     this.acknowledged = acknowledged;
     this.drained = drained;
-    this.memory = []; // where the browser forbids localStorage
+    this.memory = []; // where the browser forbids localStorage, or it is full:
+    this.stored = true; // then what it still holds is older than this
     this.reachable = true;
     this.ended = "";
     this.running = null;
@@ -62,6 +64,7 @@ export class Outbox {
   }
 
   read() {
+    if (!this.stored) return this.memory;
     try {
       return JSON.parse(localStorage.getItem(this.name)) ?? this.memory;
     } catch {
@@ -74,7 +77,9 @@ export class Outbox {
     this.memory = change(this.read());
     try {
       localStorage.setItem(this.name, JSON.stringify(this.memory));
+      this.stored = true;
     } catch {
+      this.stored = false;
       // Full or forbidden: then it lives as long as this tab.
     }
     this.changed();
@@ -113,8 +118,9 @@ export class Outbox {
       try {
         reply = await call(entry.path, entry.body);
       } catch (error) {
-        if (error instanceof Refused && error.status === 401) {
-          this.ended = error.message; // the answers stay, for when the rater comes back with a new link
+        if (error instanceof Refused && (error.status === 401 || error.reason === "FORBIDDEN")) {
+          // The session is over, or another one's by now: the answers stay, for the rater's next one.
+          this.ended = error.message;
           return;
         }
         if (error instanceof Refused) {

@@ -88,14 +88,13 @@ def test_verdicts_of_people_come_from_the_feedback_service(tmp_path: Path) -> No
     try:
         stub, boss = service.stub(), service.bearer("boss")
         png = encode_png(np.zeros((8, 8, 3), dtype=np.uint8))
-        stub.RecordServedImage(
-            feedback_pb2.RecordServedImageRequest(image_id="i", image=png, prompt="a star", model_digest=NEW),
-            metadata=boss,
-            timeout=60,
-        )
         for rater, verdict in (("a", 1), ("b", 2), ("c", 1), ("d", 3)):
+            record = feedback_pb2.RecordServedImageRequest(
+                image_id=f"image-{rater}", image=png, prompt="a star", model_digest=NEW
+            )
+            stub.RecordServedImage(record, metadata=boss, timeout=60)
             rating = feedback_pb2.RateServedImageRequest(
-                image_id="i",
+                image_id=record.image_id,
                 rater=rater,
                 idempotency_key=f"key-{rater}-12345",
                 verdict=feedback_pb2.Verdict.ValueType(verdict),
