@@ -44,7 +44,9 @@ def encode_png(image_HWC: Pixels, metadata: Mapping[str, str] | None = None) -> 
     return buffer.getvalue()
 
 
-def decode_image(data: bytes, *, max_bytes: float = 20e6, max_pixels: float = 16e6) -> Pixels:
+def decode_image(
+    data: bytes, *, max_bytes: float = 20e6, max_pixels: float = 16e6, max_aspect: float = 20.0
+) -> Pixels:
     """The uint8 RGB pixels (HWC) of a PNG, JPEG or WebP. Transparency is laid on white.
 
     Raises:
@@ -60,6 +62,11 @@ def decode_image(data: bytes, *, max_bytes: float = 20e6, max_pixels: float = 16
             if width * height > max_pixels:
                 raise ImageError(
                     f"the image has {width} x {height} pixels; at most {max_pixels:.0f} are allowed"
+                )
+            if max(width, height) > max_aspect * min(width, height):
+                # CLIP scales the short side up to its own size: a line of pixels would become gigabytes.
+                raise ImageError(
+                    f"the image is {width} x {height}; one side may be at most {max_aspect:g} times the other"
                 )
             if getattr(image, "n_frames", 1) > 1:
                 raise ImageError("the image is animated; expected a single picture")

@@ -128,7 +128,6 @@ def _start_ray(config: ServeConfig, public: bool) -> str:
     """Starts a local cluster with room for all replicas; the address of its metrics."""
     import ray
 
-    local: dict[str, Any] = {} if public else {"_node_ip_address": "127.0.0.1"}
     hook = None if public else {"worker_process_setup_hook": "services.loopback.only_loopback"}
     ray.init(
         address="local",
@@ -138,7 +137,7 @@ def _start_ray(config: ServeConfig, public: bool) -> str:
         log_to_driver=False,
         logging_level=logging.ERROR,
         runtime_env=hook,
-        **local,
+        _node_ip_address="127.0.0.1",  # its own ports ask for no token: not for others, --public or not
     )
     node = ray.nodes()[0]  # type: ignore[no-untyped-call]
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

@@ -143,12 +143,20 @@ class Shelf(Generic[T]):
                 logger.error("the models stay as they were: %s", error)
 
     async def _change(self, table: ModelTable) -> None:
+        try:
+            await self._load(table)
+        finally:  # also of a table that could not be loaded as a whole
+            kept = set(self._aliases.values())
+            for digest, slot in self._slots.items():
+                slot.retired = None if digest in kept else (slot.retired or time.monotonic())
+
+    async def _load(self, table: ModelTable) -> None:
         loop = asyncio.get_running_loop()
         aliases: dict[str, str] = {}
         sources: dict[str, tuple[str, str]] = {}
         for alias, directory in table.models.items():
             source = (directory, await loop.run_in_executor(self.executor, _fingerprint, directory))
-            if self._sources.get(alias) == source:
+            if self._sources.get(alias) == source and self._aliases[alias] in self._slots:
                 aliases[alias], sources[alias] = self._aliases[alias], source
                 continue
             model = await loop.run_in_executor(self.executor, self.load, directory)
@@ -157,12 +165,10 @@ class Shelf(Generic[T]):
                 await loop.run_in_executor(self.executor, self.opened, model)
                 self._slots[digest] = _Slot(model, digest, time.time())
                 logger.info("loaded the model %s as %s", digest, alias)
+            self._slots[digest].retired = None  # or it might be dropped while others are loaded
             aliases[alias], sources[alias] = digest, source
         # No await from here on: a request sees the old table or the new one.
         self._aliases, self._sources, self._default = aliases, sources, table.default
-        kept = set(aliases.values())
-        for digest, slot in self._slots.items():
-            slot.retired = None if digest in kept else (slot.retired or time.monotonic())
 
 
 def _fingerprint(directory: str) -> str:

@@ -107,6 +107,7 @@ ANIMATION = encoded(
         (ANIMATION, "animated"),
         (encoded(Image.new("I;16", (2, 2)), "PNG"), "not supported"),
         (bomb(), "pixels"),
+        (encoded(Image.new("RGB", (1, 20_000)), "PNG"), "at most 20 times the other"),
     ],
 )
 def test_bytes_that_are_no_usable_image(data: bytes, expected: str) -> None:

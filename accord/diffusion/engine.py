@@ -58,6 +58,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+_MOST_FAILED = 16
+"""After so many steps that failed, and none that did not, the engine is not healthy."""
 
 
 class Engine:
@@ -78,6 +80,7 @@ class Engine:
         self._order = 0
         self._swept = True
         self._closing = False
+        self._failed_in_a_row = 0  # written by the engine's thread alone
         self._pace = Pace(self.device)
         self._decoder = Decoder(config, self.device, self._ledger.resolve)
         self._thread = threading.Thread(target=self._run, name="accord-engine", daemon=True)
@@ -109,8 +112,10 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """False when the engine is closed or its thread has ended."""
-        return self._thread.is_alive() and not self._closing
+        """False when the engine is closed, its thread has ended, or one step after another fails (a GPU whose
+        context is broken fails for ever)."""
+        broken = self._failed_in_a_row >= _MOST_FAILED
+        return self._thread.is_alive() and not self._closing and not broken
 
     def submit(self, spec: SampleSpec, on_step: Callable[[int, int], None] | None = None) -> Ticket:
         """Queues a sample; returns at once. `on_step` gets (steps done, steps) after each step.
@@ -274,6 +279,7 @@ class Engine:
         self._count_step(layout, time.perf_counter() - started_s)
 
     def _count_step(self, layout: Layout, seconds: float) -> None:
+        self._failed_in_a_row = 0
         self._ledger.count(
             steps=1,
             sample_steps=layout.samples,
@@ -296,11 +302,13 @@ class Engine:
                     layout = layout_of([run], self.config.batch_sizes, self.device)
                     output_BCHW = denoise(group.model.adapter, [run], layout, self.device)[0]
                 except Exception as alone:
+                    self._failed_in_a_row += 1
                     self._drop(group, run, _failure("a denoising step failed", alone))
                     continue
                 self._advance(group, run, output_BCHW)
                 self._count_step(layout, time.perf_counter() - started_s)
             else:
+                self._failed_in_a_row += 1
                 self._drop(group, run, _failure("a denoising step failed", error))
 
     def _advance(self, group: Group, run: Run, output_BCHW: Tensor) -> None:

@@ -134,6 +134,8 @@ class FairLimiter:
         self._expire(now)
 
     def _take(self, name: str, lease: _Lease) -> None:
+        if name in self._leases:  # a renewal came before the request to admit
+            return
         self._leases[name] = lease
         state = self._resources[lease.resource]
         state.total += lease.cost
@@ -229,16 +231,18 @@ class Admissions:
             yield refused
             return
         lease = uuid.uuid4().hex
-        self._leases[lease] = (token, resource, cost)
+        unknown = True  # whether it was admitted
         try:
             refusal = await self._ask(lease, token, resource, cost)
-            if refusal is not None:
-                del self._leases[lease]
+            unknown = False
+            if refusal is None:
+                self._leases[lease] = (token, resource, cost)  # not before: a renewal would take it
+            else:
                 until = time.monotonic() + min(REFUSED_S, refusal.retry_after_s)
                 self._refused[token, resource] = (until, cost, refusal)
             yield refusal
         finally:
-            if self._leases.pop(lease, None) is not None:
+            if self._leases.pop(lease, None) is not None or unknown:
                 self._alone.release(lease, time.monotonic())
                 task = asyncio.create_task(self._release(lease))
                 self._releasing.add(task)
@@ -263,6 +267,8 @@ class Admissions:
     async def _renew(self) -> None:
         while True:
             limits = self._limits.model_dump(mode="json")
+            # It knows all that runs here, for when it has to decide.
+            self._alone.renew(self._gateway, self._leases, time.monotonic())
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(
                     _value(self._limiter.renew.remote(self._gateway, dict(self._leases), limits)), ASK_S

@@ -202,7 +202,7 @@ def images(request: reward_pb2.ScoreImagesRequest, limits: Limits) -> list[Pixel
     wrong: list[Violation] = []
     pixels = 0
     for index, pair in enumerate(request.pairs):
-        if len(wrong) == MAX_BAD_IMAGES or pixels > 4 * limits.max_image_pixels:
+        if len(wrong) == MAX_BAD_IMAGES or pixels > PIXELS_IN_ALL * limits.max_image_pixels:
             break
         try:
             image = decode_image(
@@ -216,14 +216,16 @@ def images(request: reward_pb2.ScoreImagesRequest, limits: Limits) -> list[Pixel
             continue
         pixels += image.shape[0] * image.shape[1]
         decoded.append(image)
-    if pixels > 4 * limits.max_image_pixels:
-        expected = f"expected at most {4 * limits.max_image_pixels} pixels over all images"
+    if pixels > PIXELS_IN_ALL * limits.max_image_pixels:
+        expected = f"expected at most {PIXELS_IN_ALL * limits.max_image_pixels} pixels over all images"
         wrong.append(Violation("pairs", expected))
     if wrong:
         raise invalid(wrong, Reason.IMAGE_INVALID)
     return decoded
 
 
+PIXELS_IN_ALL = 8
+"""The images of one request may have so many times the pixels that one may have."""
 MAX_BAD_IMAGES = 16
 """After so many bad images the rest are not looked at."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accord.config import resolve_path, validate
-from accord.diffusion.engine import Engine, EngineConfig, EngineFull, SampleSpec, Ticket
+from accord.diffusion.engine import Engine, EngineClosed, EngineConfig, EngineFull, SampleSpec, Ticket
 from accord.diffusion.model import DiffusionModel, load_diffusion_model
 from accord.diffusion.process_engine import ProcessEngine
 from accord.errors import ConfigError
@@ -56,7 +56,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Busy:
-    """The engine's queue is full: ask again, or another replica."""
+    """The engine's queue is full, or the engine has ended: ask again, or another replica."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ class Generation:
                 return ticket
             try:
                 return Drawn(await asyncio.wrap_future(ticket.future))
+            except EngineClosed:
+                return Busy()
             finally:
                 ticket.cancel()
 
@@ -139,12 +141,14 @@ class Generation:
                         told = ticket.steps_done
                         yield Steps(told)
                 yield Drawn(await future)
+            except EngineClosed:
+                yield Busy()
             finally:
                 ticket.cancel()
 
     async def stats(self) -> dict[str, float]:
         """The engine's counters, and this replica's process id."""
-        return {**asdict(self._engine.stats()), "process_id": os.getpid()}
+        return {**asdict(await asyncio.to_thread(self._engine.stats)), "process_id": os.getpid()}
 
     async def settled(self) -> None:
         """Returns when the models that were last asked for are loaded."""
@@ -158,7 +162,7 @@ class Generation:
         values = asdict(request)
         try:
             return self._engine.submit(SampleSpec(model=values.pop("digest"), **values))
-        except EngineFull:
+        except (EngineFull, EngineClosed):
             return Busy()
         except ConfigError as error:
             return Refused(str(error))
@@ -167,10 +171,9 @@ class Generation:
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
             await self._shelf.sweep()
-            self._report()
+            self._report(asdict(await asyncio.to_thread(self._engine.stats)))
 
-    def _report(self) -> None:
-        stats = asdict(self._engine.stats())
+    def _report(self, stats: dict[str, float]) -> None:
         grown = {key: value - self._reported.get(key, 0) for key, value in stats.items()}
         self._reported = stats
         if self._shelf.failures > self._failures:

@@ -111,6 +111,15 @@ def test_a_limiter_that_was_restarted_learns_the_leases_again() -> None:
     assert fair.in_use("candidates") == 0
 
 
+def test_a_renewal_that_overtakes_its_request_counts_once() -> None:
+    fair = limiter(10)
+    fair.renew("g", {"l": ("a", "candidates", 4)}, 0.0)
+    assert fair.admit("g", "l", "a", "candidates", 4, 0.0) is None
+    assert fair.in_use("candidates") == 4
+    fair.release("l", 1.0)
+    assert fair.in_use("candidates") == 0
+
+
 def test_a_lease_that_its_gateway_no_longer_names_is_given_back() -> None:
     fair = limiter(2)
     fair.admit("g", "lost", "a", "candidates", 2, 0.0)
