@@ -143,7 +143,8 @@ class Recipe(Config):
     feedback: FeedbackConfig = FeedbackConfig()
     reward: RewardConfig = RewardConfig()
     rewards: tuple[RewardTerm, ...] = ()
-    """What images are weighted and ranked by: the weighted mean of these; by default the learned reward alone."""
+    """What images are weighted and ranked by: the weighted mean of these; by default the learned reward
+    alone."""
     finetune: FinetuneConfig = FinetuneConfig()
     on_policy: OnPolicyConfig = OnPolicyConfig()
     control: bool = True

@@ -2,9 +2,10 @@
 
 python -m benchmarks.reward --images 100000
 
-The judgements are made up, but as many and as wide as real ones: prompts of the grammar `paper`, features of ViT-L/14's
-768 numbers, and a planted judge. An image shows its prompt or one that differs from it in a word; the judge says good
-where it shows its own, and errs in a tenth of the cases, so that no reward has an AUC above the ceiling that is printed.
+The judgements are made up, but as many and as wide as real ones: prompts of the grammar `paper`, features of
+ViT-L/14's 768 numbers, and a planted judge. An image shows its prompt or one that differs from it in a word;
+the judge says good where it shows its own, and errs in a tenth of the cases, so that no reward has an AUC
+above the ceiling that is printed.
 """
 
 from __future__ import annotations
@@ -202,7 +203,8 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 2,
     json: Annotated[Path | None, typer.Option(help="Where to write all numbers.")] = None,
 ) -> None:
-    """Prints a Markdown table: seconds, their share by part, and the AUC on judged images kept from training."""
+    """Prints a Markdown table: seconds, their share by part, and the AUC on judged images kept from
+    training."""
     torch.set_num_threads(threads)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,8 +1,8 @@
 """Score all collected images, judged or not, with the reward model, or with the recipe's several rewards.
 
-The reward of an image is what the learned reward model says; or, when the recipe has `rewards`, the weighted mean
-of these. How each of them is normalised is measured on the collected images, and kept with the scores: images of
-later rounds, and those that best-of-N ranks, are rated by the same measure.
+The reward of an image is what the learned reward model says; or, when the recipe has `rewards`, the weighted
+mean of these. How each of them is normalised is measured on the collected images, and kept with the scores:
+images of later rounds, and those that best-of-N ranks, are rated by the same measure.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def rewards_of(recipe: Recipe, run_dir: Path, rows: pd.DataFrame) -> list[float]
     for title, identity in identities.items():
         if identity != kept[title]["identity"]:
             raise ConfigError(
-                f"the scorer {title!r} is {identity or 'nameless'} now, but the run's images were scored by "
-                f"{kept[title]['identity'] or 'a nameless one'}: rewards of both cannot be compared; name that "
+                f"the scorer {title!r} is {identity or 'nameless'} now, but the run's images were scored "
+                f"by {kept[title]['identity'] or 'a nameless one'}: rewards of both cannot be compared; name that "
                 "one in the recipe's options, or score anew with --fresh"
             )
     normalisers = {title: Normaliser.model_validate(kept[title]["normaliser"]) for title in scores}

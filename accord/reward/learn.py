@@ -7,8 +7,8 @@ one:
    batch, of which each worker takes every world_size-th image: so there is no data cursor to save;
  - losses are divided by the weight of the whole batch: so the workers' losses add up (see losses.py).
 
-An ensemble's heads see the same batches, each with weights of its own for the judgements; what is minimised is
-the sum of their losses, and what is reported the mean.
+An ensemble's heads see the same batches, each with weights of its own for the judgements; what is minimised
+is the sum of their losses, and what is reported the mean.
 
 Shapes: N judged images, B of them in a worker's part of a batch, G of these good, M wrong prompts an image, K
 prompts, D features, E heads, H hidden units, L hidden layers, P pairs of an image and a prompt.
@@ -60,8 +60,8 @@ class _Batch:
 
 
 class RewardLearner:
-    """Trains a RewardHead, or an ensemble of them. `wrap` makes it distributed (DistributedDataParallel, which averages gradients
-    over the workers) and must share its parameters with the head that it is given.
+    """Trains a RewardHead, or an ensemble of them. `wrap` makes it distributed (DistributedDataParallel,
+    which averages gradients over the workers) and must share its parameters with the head that it is given.
 
     Raises FeedbackError when there is nothing to learn from, ConfigError for data or workers that do not fit.
     """

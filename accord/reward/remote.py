@@ -34,10 +34,10 @@ def remote(
 
     Args:
         target: HOST:PORT, or grpcs://HOST:PORT for TLS; by default $ACCORD_ENDPOINT or localhost:9000.
-        reward_model: an alias or a digest; empty for the gateway's default. What an alias means at the first call
-            is what every later call asks for.
-        output: which of the service's numbers: its reward, the probability of the prompt among its perturbations
-            (TextNorm), or CLIP's similarity (which is in [-1, 1]: normalise it).
+        reward_model: an alias or a digest; empty for the gateway's default. What an alias means at the first
+            call is what every later call asks for.
+        output: which of the service's numbers: its reward, the probability of the prompt among its
+            perturbations (TextNorm), or CLIP's similarity (which is in [-1, 1]: normalise it).
         token_file: the file of the bearer token; by default $ACCORD_TOKEN. A token itself never stands in a
             recipe, which is kept with every result.
         timeout_s: of a call with all its retries.
@@ -76,8 +76,8 @@ class RemoteScorer:
         if None in values:
             prompt = prompts[values.index(None)]
             raise ConfigError(
-                f"{self._client} has no {self._output} for the prompt {prompt!r}: it is not of its grammar; ask for "
-                "the output reward"
+                f"{self._client} has no {self._output} for the prompt {prompt!r}: it is not of its grammar; ask "
+                "for the output reward"
             )
         return torch.tensor(values, dtype=torch.float32)
 

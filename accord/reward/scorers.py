@@ -61,8 +61,8 @@ def open_scorer(spec: str, options: Mapping[str, Any] | None = None) -> Scorer:
     scorer = factory(**options)
     if not isinstance(scorer, Scorer):
         raise ConfigError(
-            f"{spec!r} made a {type(scorer).__name__}, which cannot score; expected an object with the method "
-            "score(images, prompts) -> Tensor"
+            f"{spec!r} made a {type(scorer).__name__}, which cannot score; expected an object with the "
+            "method score(images, prompts) -> Tensor"
         )
     return scorer
 
@@ -77,13 +77,13 @@ def scores_of(scorer: Scorer, title: str, images: Sequence[Pixels], prompts: Seq
     if not isinstance(found, Tensor) or found.shape != (len(images),):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ConfigError(
-            f"the scorer {title!r} gave {shape} for {len(images)} images; expected a tensor of one number each"
+            f"the scorer {title!r} gave {shape} for {len(images)} images; expected a tensor of one each"
         )
     score_B = found.detach().to("cpu", torch.float64).numpy()
     if not np.isfinite(score_B).all():
         raise ConfigError(
-            f"the scorer {title!r} gave {int((~np.isfinite(score_B)).sum())} scores of {len(score_B)} that are "
-            "not finite; expected numbers"
+            f"the scorer {title!r} gave {int((~np.isfinite(score_B)).sum())} scores of {len(score_B)} that "
+            "are not finite; expected numbers"
         )
     return np.asarray(score_B, dtype=np.float64)
 

@@ -59,8 +59,8 @@ class RewardConfig(Config):
     """For large sets: each image and each prompt of a batch goes through the head's first maps once, instead
     of once a pair, and AdamW is fused. The same mathematics, in another order of rounding."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the matrix products while learning; weights, losses and scoring are float32. bfloat16 is several times
-    faster where the processor has it."""
+    """Of the matrix products while learning; weights, losses and scoring are float32. bfloat16 is several
+    times faster where the processor has it."""
     log_every: int = Field(default=20, ge=1)
     checkpoint_every: int = Field(default=200, ge=1)
 
@@ -84,8 +84,8 @@ class RewardConfig(Config):
     def _one_head_has_no_doubt(self) -> RewardConfig:
         if self.ensemble == 1 and self.uncertainty_penalty > 0:
             raise ValueError(
-                f"uncertainty_penalty is {self.uncertainty_penalty}, but a single head has no uncertainty: set "
-                "ensemble to 2 or more, or the penalty to 0"
+                f"uncertainty_penalty is {self.uncertainty_penalty}, but a single head has no uncertainty: "
+                "set ensemble to 2 or more, or the penalty to 0"
             )
         return self
 

@@ -1,10 +1,13 @@
-"""TextNorm (Kim et al. 2024, arXiv 2404.01863): a reward counts by how far it stands above that of other prompts.
+"""TextNorm (Kim et al. 2024, arXiv 2404.01863): a reward counts by how far it stands above that of other
+prompts.
 
-    r_norm(x, z) = exp(r(x, z) / tau) / sum_{z' in Z(z)} exp(r(x, z') / tau),   Z(z): z and prompts that contrast with it
+    r_norm(x, z) = exp(r(x, z) / tau) / sum_{z' in Z(z)} exp(r(x, z') / tau)
 
-It is equation 1 of Lee et al. at scoring time, and its contrastive prompts are those of the auxiliary loss: they
-differ in a word. An image that would please with any prompt, because it is pretty or because it fools the reward,
-gains nothing by it.
+with Z(z) the prompt z and prompts that contrast with it.
+
+It is equation 1 of Lee et al. at scoring time, and its contrastive prompts are those of the auxiliary loss:
+they differ in a word. An image that would please with any prompt, because it is pretty or because it fools
+the reward, gains nothing by it.
 
 Shapes: B images, E heads, N prompts an image, K prompts, D features.
 """
@@ -43,7 +46,8 @@ class TextNormalised:
     Of an ensemble, each head's rewards are normalised, then combined as its rewards are.
 
     Args:
-        temperature: tau; by default the model's T of equation 1. The lower, the more a small difference counts.
+        temperature: tau; by default the model's T of equation 1. The lower, the more a small difference
+            counts.
         num_prompts: N, the prompt itself included; fewer where the grammar has fewer.
         seed: draws the contrastive prompts of each prompt.
 
@@ -63,8 +67,8 @@ class TextNormalised:
         self.temperature = model.temperature if temperature is None else temperature
         if self.temperature <= 0 or num_prompts < 2:
             raise ConfigError(
-                f"text_normalised has temperature {self.temperature} and num_prompts {num_prompts}; expected a "
-                "temperature above 0 and at least 2 prompts, one of which is the image's own"
+                f"text_normalised has temperature {self.temperature} and num_prompts {num_prompts}; expected "
+                "a temperature above 0 and at least 2 prompts, one of which is the image's own"
             )
         self._model, self._grammar, self._count, self._seed = model, grammar, num_prompts - 1, seed
         self._known: dict[str, tuple[str, ...]] = {}
@@ -103,8 +107,8 @@ class TextNormalised:
             others = contrast_prompts(self._grammar, self._grammar.parse(text), self._count, self._seed)
             if not others:
                 raise PromptError(
-                    f"the grammar {self._grammar.name!r} has no other prompt to compare {text!r} with: its reward "
-                    "cannot be normalised"
+                    f"the grammar {self._grammar.name!r} has no other prompt to compare {text!r} with: its "
+                    "reward cannot be normalised"
                 )
             self._known[text] = others
         return self._known[text]

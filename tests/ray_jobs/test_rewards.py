@@ -135,7 +135,7 @@ def test_another_model_behind_a_scorers_name_is_refused(learned: Path, tmp_path:
 
 def test_a_score_that_is_no_reward_is_told_before_anything_is_written(learned: Path, tmp_path: Path) -> None:
     recipe, run_dir = opened(learned, tmp_path / "run", f'rewards=[{{scorer: "{HERE}:redness"}}]')
-    with pytest.raises(ConfigError, match="expected rewards in .0, 1.: give it normalise"):
+    with pytest.raises(ConfigError, match=r"expected rewards in \[0, 1\]: give it normalise"):
         score.run(recipe, run_dir)
     assert not (run_dir / "scores").exists()
 

@@ -123,16 +123,16 @@ def test_a_temperature_never_reverses_a_ranking_and_needs_both_labels() -> None:
 
 
 def test_the_report_measures_each_half_by_what_the_other_fitted() -> None:
-    # Good and bad images in turn: the first, third ... of each kind are one half. There scores are true; in the
-    # other half they are all the other way round, so that what the first half teaches fails there.
+    # Good and bad images in turn: the first, third ... of each kind are one half. There scores are true; in
+    # the other half they are all the other way round, so that what the first half teaches fails there.
     scores = [0.8, 0.2, 0.2, 0.8] * 20
     labels = [1.0, 0.0, 1.0, 0.0] * 20
     report = calibration_report(scores, labels, "platt")
     assert report["images"] == 80
     assert report["ece"] == pytest.approx(0.3)  # at 0.2 and at 0.8 one half is good
     assert report["slope"] == pytest.approx(0.0, abs=1e-9)  # both halves together say nothing
-    # The true half teaches 21/22 and 1/22, Platt's targets, and the other half is wrong by that. Of the other half
-    # is learned that nothing is known, 1/2, which is true of the true half.
+    # The true half teaches 21/22 and 1/22, Platt's targets, and the other half is wrong by that. Of the
+    # other half is learned that nothing is known, 1/2, which is true of the true half.
     assert report["ece_calibrated"] == pytest.approx((21 / 22 + 0) / 2)
     assert sum(found["count"] for found in report["reliability_calibrated"]) == 80
     assert json.loads(json.dumps(report)) == report

@@ -25,7 +25,8 @@ COMBINES: list[Combine] = ["concat", "concat_product", "adapter"]
 
 
 def heads(combine: Combine, count: int) -> list[RewardHead]:
-    """Heads whose parameters are all random: an adapter's start at 0, and so does the last layer of others."""
+    """Heads whose parameters are all random: an adapter's start at 0, and so does the last layer of
+    others."""
     made = [RewardHead(DIM, 7, 2, combine) for _ in range(count)]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -279,7 +279,8 @@ def raters_agree(summary: Mapping[str, Any]) -> str:
 
 
 def calibration_note(summary: Mapping[str, Any]) -> str:
-    """How far the reward was off as a probability where it was calibrated, in words; empty when it was not."""
+    """How far the reward was off as a probability where it was calibrated, in words; empty when it was
+    not."""
     found = {key: number(summary, "calibration", key) for key in ("images", "ece", "ece_calibrated")}
     if found["ece"] is None or not found["images"]:
         return ""
