@@ -9,7 +9,7 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, sys, threading
+import resource, sys
 import torch
 from accord.cpu import use_cpu
 
@@ -22,9 +22,7 @@ def work():
 
 work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-thread = threading.Thread(target=work)
-thread.start()
-thread.join()
+work()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -37,4 +35,4 @@ def faults(how: str) -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_stays_with_the_process() -> None:
-    assert faults("kept") < faults("given back") / 2
+    assert faults("kept") < faults("given back") / 10
