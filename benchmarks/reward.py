@@ -27,6 +27,7 @@ import typer
 from torch import Tensor
 
 from accord.artifacts import save_tensors, sha256_bytes
+from accord.cpu import use_cpu
 from accord.evaluation.statistics import auc
 from accord.prompts import Category, Grammar, PromptPlan, Split, load_grammar
 from accord.reward.data import RewardData, build_reward_data
@@ -205,7 +206,7 @@ def main(
 ) -> None:
     """Prints a Markdown table: seconds, their share by part, and the AUC on judged images kept from
     training."""
-    torch.set_num_threads(threads)
+    use_cpu(threads)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         world = World(Path(temporary) / "features", images, dim, seed=0)

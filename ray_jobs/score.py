@@ -98,8 +98,8 @@ def rewards_of(recipe: Recipe, run_dir: Path, rows: pd.DataFrame) -> list[float]
         if identity != kept[title]["identity"]:
             raise ConfigError(
                 f"the scorer {title!r} is {identity or 'nameless'} now, but the run's images were scored "
-                f"by {kept[title]['identity'] or 'a nameless one'}: rewards of both cannot be compared; name that "
-                "one in the recipe's options, or score anew with --fresh"
+                f"by {kept[title]['identity'] or 'a nameless one'}: rewards of both cannot be compared; name "
+                "that one in the recipe's options, or score anew with --fresh"
             )
     normalisers = {title: Normaliser.model_validate(kept[title]["normaliser"]) for title in scores}
     return list(map(float, combine(recipe.rewards, scores, normalisers)))

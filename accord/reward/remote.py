@@ -76,8 +76,8 @@ class RemoteScorer:
         if None in values:
             prompt = prompts[values.index(None)]
             raise ConfigError(
-                f"{self._client} has no {self._output} for the prompt {prompt!r}: it is not of its grammar; ask "
-                "for the output reward"
+                f"{self._client} has no {self._output} for the prompt {prompt!r}: it is not of its grammar; "
+                "ask for the output reward"
             )
         return torch.tensor(values, dtype=torch.float32)
 
