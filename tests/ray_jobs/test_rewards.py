@@ -11,12 +11,14 @@ import pandas as pd
 import pytest
 import torch
 
-from accord.artifacts import read_manifest
+from accord.artifacts import load_tensors, read_manifest
 from accord.errors import ConfigError
+from accord.evaluation.plan import BEST_OF, TEST
 from accord.recipe import Recipe, load_recipe
 from accord.reward.features import ClipEncoder
 from accord.reward.model import RewardModel
-from ray_jobs import collect, inputs, judge, learn_reward, score
+from ray_jobs import collect, evaluate, finetune, inputs, judge, learn_reward, score
+from ray_jobs.generation import Source
 from ray_jobs.study import _link_shared
 from tests.ray_jobs.world import write_recipe
 
@@ -162,3 +164,26 @@ def test_the_arms_of_a_study_share_no_scores_of_other_rewards(learned: Path, tmp
 def test_rewards_that_cannot_be_are_told_at_once(learned: Path, several: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe(learned / "recipe.yaml", [f"rewards={several}"])
+
+
+def test_what_tunes_the_model_ranks_its_images(learned: Path, tmp_path: Path) -> None:
+    """A second round is weighted by all rewards, and best-of-N chooses by them; how well the learned reward
+    ranks is still measured on it alone."""
+    images = "{prompts: {colour: 1}, images_per_prompt: {colour: 3}}"
+    changes = (f"rewards={SEVERAL}", "on_policy.rounds=1", f"on_policy.images={images}", "control=false")
+    recipe, run_dir = opened(learned, tmp_path / "run", *changes)
+    for stage in (score, finetune, evaluate):
+        stage.run(recipe, run_dir)
+    directory = run_dir / "work" / "aligned" / "round-2"
+    second = Source(directory / "model", read_manifest(directory / "model").digest)
+    drawn = collect.generate_part(recipe, run_dir, "round 2", recipe.on_policy.images, second, directory)
+    used_N = load_tensors(directory / "data.safetensors")["reward_N"]
+    np.testing.assert_allclose(used_N, score.rewards_of(recipe, run_dir, drawn), atol=1e-5)
+    measured = evaluate.load_tables(run_dir)[evaluate.MEASUREMENTS]
+    ranked, tested = (measured[measured["group"] == group] for group in (BEST_OF, TEST))
+    np.testing.assert_allclose(ranked["reward"], score.rewards_of(recipe, run_dir, ranked), atol=1e-5)
+    alone = score.score_images(recipe, run_dir, ["reward"], measured)["reward"]
+    np.testing.assert_allclose(tested["reward"], np.array(alone)[tested.index], atol=1e-5)
+    assert np.abs(ranked["reward"] - np.array(alone)[ranked.index]).max() > 0.01
+    with pytest.raises(ConfigError, match=r"config\.rewards"):
+        evaluate.run(load_recipe(learned / "recipe.yaml", [*SETTINGS, *changes[1:]]), run_dir)
