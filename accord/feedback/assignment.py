@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, exists, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from accord.feedback.campaign_records import (
@@ -54,6 +54,8 @@ class Desk:
     leases: int
     """How many new tasks he has got."""
     last_answer_ms: int
+    counted: int
+    """Places of his that are answered, gold apart."""
 
     @property
     def expires_ms(self) -> int:
@@ -63,19 +65,29 @@ class Desk:
 def sit_down(connection: Connection, campaign: Row[Any], rater: str, now_ms: int) -> Desk:
     """Locks the rater's row of the campaign, so that two devices of one rater take turns.
 
-    Raises:
-        ExcludedError: the rater was excluded.
+    Whether he is excluded is asked after that, by a statement of its own: one that waits for a lock still
+    reads what was there before it waited (PostgreSQL).
     """
-    row = {"campaign": campaign.number, "rater": rater, "cursor": 0, "leases": 0, "last_answer_ms": 0}
-    stored = upsert(connection)(campaign_raters).values(row)
-    locked = stored.on_conflict_do_update(
-        index_elements=["campaign", "rater"], set_={"leases": campaign_raters.c.leases}
-    ).returning(campaign_raters.c.cursor, campaign_raters.c.leases, campaign_raters.c.last_answer_ms)
-    seat = connection.execute(locked).one()
-    found = connection.execute(select(exclusions.c.rater).where(exclusions.c.rater == rater)).first()
-    if found is not None:
-        raise ExcludedError(f"the rater {rater!r} was excluded; judgements of his are no longer taken")
+    seats = campaign_raters
+    columns = (seats.c.cursor, seats.c.leases, seats.c.last_answer_ms, seats.c.counted)
+    mine = and_(seats.c.campaign == campaign.number, seats.c.rater == rater)
+    seat = connection.execute(select(*columns).where(mine).with_for_update()).first()
+    if seat is None:
+        numbers = {"cursor": 0, "leases": 0, "last_answer_ms": 0, "answered": 0, "counted": 0}
+        new = upsert(connection)(seats).values(campaign=campaign.number, rater=rater, **numbers)
+        locked = new.on_conflict_do_update(
+            index_elements=["campaign", "rater"], set_={"leases": seats.c.leases}
+        )
+        seat = connection.execute(locked.returning(*columns)).one()
     return Desk(connection, campaign, rater, now_ms, *seat)
+
+
+_excluded = exists().where(exclusions.c.rater == campaign_raters.c.rater).label("excluded")
+
+
+def _check_welcome(desk: Desk, excluded: object) -> None:
+    if excluded:
+        raise ExcludedError(f"the rater {desk.rater!r} was excluded; judgements of his are no longer taken")
 
 
 def upsert(connection: Connection) -> Any:
@@ -111,18 +123,12 @@ def parse_task(task_id: str) -> tuple[str, int]:
 
 
 def lease(desk: Desk, besides: str | None) -> Task | None:
-    """The oldest task that the rater holds, other than `besides`; else a new one; None when none is left."""
-    held = desk.connection.execute(
-        select(places.c.id.label("place"), tasks)
-        .join(tasks, places.c.task == tasks.c.id)
-        .where(
-            places.c.rater == desk.rater,
-            places.c.state == "leased",
-            tasks.c.campaign == desk.campaign.number,
-            places.c.task.between(*_range(desk.campaign)),
-        )
-        .order_by(places.c.id)
-    ).all()
+    """The oldest task that the rater holds, other than `besides`; else a new one; None when none is left.
+
+    Raises:
+        ExcludedError: the rater was excluded.
+    """
+    held = _held(desk)
     for row in held:
         if task_name(desk.campaign.campaign_id, row.id) == besides:
             continue
@@ -133,17 +139,47 @@ def lease(desk: Desk, besides: str | None) -> Task | None:
         )
         if renewed.rowcount:
             return _shown(desk, row.id, row)
-    found = _gold(desk) or _returned(desk)
+    found = _gold(desk)
     if found is not None:
         return _take(desk, found, desk.cursor)
-    found = _in_order(desk)
+    if (
+        desk.counted + sum(row.gold is None for row in held)
+        >= desk.campaign.num_tasks - desk.campaign.num_gold
+    ):
+        return None  # he has had every task: known without looking at any
+    found = _returned(desk)
     if found is not None:
-        return _take(desk, found, found.id)
+        return _take(desk, found, desk.cursor)
+    # In order, each rater goes past what others are just taking; from the beginning again he finds it.
+    for after in dict.fromkeys((desk.cursor, 0)):
+        found = _in_order(desk, after)
+        if found is not None:
+            return _take(desk, found, found.id)
     found = _last_look(desk)
     return None if found is None else _take(desk, found, desk.cursor)
 
 
-def _range(campaign: Row[Any]) -> tuple[int, int]:
+def _held(desk: Desk) -> list[Row[Any]]:
+    """The tasks that the rater holds, oldest first, each with the id of his `place`."""
+    first, last = task_range(desk.campaign)
+    mine = and_(
+        places.c.rater == campaign_raters.c.rater,
+        places.c.state == "leased",
+        places.c.task.between(first, last),
+    )
+    held = places.join(tasks, places.c.task == tasks.c.id)
+    query = (
+        select(_excluded, places.c.id.label("place"), tasks)
+        .select_from(campaign_raters.outerjoin(held, mine))
+        .where(_seat(desk))
+        .order_by(places.c.id)
+    )
+    rows = desk.connection.execute(query).all()
+    _check_welcome(desk, rows[0].excluded)
+    return [row for row in rows if row.place is not None]
+
+
+def task_range(campaign: Row[Any]) -> tuple[int, int]:
     return campaign.number * TASKS_PER_CAMPAIGN, (campaign.number + 1) * TASKS_PER_CAMPAIGN - 1
 
 
@@ -167,6 +203,8 @@ def _not_mine(desk: Desk) -> ColumnElement[bool]:
 
 def _gold(desk: Desk) -> Row[Any] | None:
     """A gold task, when it is time for one: at a place in each `GOLD_EVERY` that the rater cannot guess."""
+    if not desk.campaign.num_gold:
+        return None
     block, place = divmod(desk.leases, GOLD_EVERY)
     drawn = hashlib.sha256(f"gold {desk.campaign.seed} {desk.rater} {block}".encode()).digest()
     if place != drawn[0] % GOLD_EVERY:
@@ -187,11 +225,13 @@ def _returned(desk: Desk) -> Row[Any] | None:
     return desk.connection.execute(query).first()
 
 
-def _in_order(desk: Desk) -> Row[Any] | None:
-    """The next open task after the last that the rater got in order: found at once, however many."""
+def _in_order(desk: Desk, after: int) -> Row[Any] | None:
+    """The next open task after that one: found at once, however many there are."""
+    first, last = task_range(desk.campaign)
+    ahead = tasks.c.id.between(max(after + 1, first), last)
     query = (
         select(tasks)
-        .where(tasks.c.taken < tasks.c.wanted, tasks.c.id > desk.cursor, _not_mine(desk))
+        .where(tasks.c.taken < tasks.c.wanted, ahead, _not_mine(desk))
         .order_by(tasks.c.id)
         .limit(1)
         .with_for_update(skip_locked=True, of=tasks)
@@ -221,21 +261,26 @@ def _take(desk: Desk, task: Row[Any], cursor: int) -> Task:
 
 def _occupy(desk: Desk, task: Row[Any]) -> None:
     """Leases the rater a place of a task whose lock we hold and that has one free."""
-    slot = None
-    if task.gold is None:
-        slot = 0
-        if task.taken:
-            query = select(places.c.slot).where(places.c.task == task.id, places.c.slot.is_not(None))
-            slot = min(set(range(task.wanted)) - set(desk.connection.execute(query).scalars()))
     values = {
-        "state": "leased", "slot": slot, "leased_ms": desk.now_ms, "expires_ms": desk.expires_ms
+        "state": "leased", "slot": free_slot(desk.connection, task), "leased_ms": desk.now_ms,
+        "expires_ms": desk.expires_ms,
     }  # fmt: skip
     new = upsert(desk.connection)(places).values(task=task.id, rater=desk.rater, **values)
     desk.connection.execute(new.on_conflict_do_update(index_elements=["task", "rater"], set_=values))
-    _count(desk.connection, task.id, taken=1)
+    count_places(desk.connection, task.id, taken=1)
 
 
-def _count(
+def free_slot(connection: Connection, task: Row[Any]) -> int | None:
+    """A slot that is free in a task whose lock we hold; gold tasks have none."""
+    if task.gold is not None:
+        return None
+    if not task.taken:
+        return 0
+    query = select(places.c.slot).where(places.c.task == task.id, places.c.slot.is_not(None))
+    return min(set(range(task.wanted)) - set(connection.execute(query).scalars()))
+
+
+def count_places(
     connection: Connection, task: int, *, taken: int = 0, answered: int = 0, expiries: int = 0
 ) -> None:
     values: dict[str, Any] = {
@@ -253,7 +298,7 @@ def submit(desk: Desk, number: int, answer: object, key: str) -> bool:
 
     Raises:
         NotFoundError: the campaign has no task of this number.
-        AnsweredError, LeaseError: it cannot be counted; the message says why.
+        AnsweredError, ExcludedError, LeaseError: it cannot be counted; the message says why.
         FeedbackError: it is no answer to this task, or the key was used for another.
     """
     task = desk.campaign.number * TASKS_PER_CAMPAIGN + number
@@ -263,12 +308,10 @@ def submit(desk: Desk, number: int, answer: object, key: str) -> bool:
         raise NotFoundError(f"there is no task {name!r}")
     given = check_answer(desk.campaign.kind, len(json.loads(locked.images)), answer)
     text = json.dumps(given)
-    if _counted_before(desk, key, task, "answer", text):
+    place = _place_and_answer(desk, task, key)
+    if _counted_before(desk, place, key, task, "answer", text):
         return False
-    place = desk.connection.execute(
-        select(places).where(places.c.task == task, places.c.rater == desk.rater)
-    ).first()
-    if place is None:
+    if place.state is None:
         raise LeaseError(f"the task {name!r} was never leased to {desk.rater!r}; lease it first")
     if place.state == "answered":
         raise AnsweredError(
@@ -286,11 +329,28 @@ def submit(desk: Desk, number: int, answer: object, key: str) -> bool:
     return True
 
 
-def _counted_before(desk: Desk, key: str, task: int | None, kind: str, text: str) -> bool:
-    found = desk.connection.execute(select(answers).where(answers.c.idempotency_key == key)).first()
-    if found is None:
+_event = (answers.c.id.label("event"), answers.c.campaign, answers.c.task, answers.c.kind, answers.c.answer)
+
+
+def _place_and_answer(desk: Desk, task: int, key: str) -> Row[Any]:
+    """The rater's place of a task, and what was stored before under this key; nulls for what is not there."""
+    mine = and_(places.c.task == task, places.c.rater == campaign_raters.c.rater)
+    query = (
+        select(_excluded, places.c.state, places.c.leased_ms, *_event, answers.c.rater.label("by"))
+        .select_from(
+            campaign_raters.outerjoin(places, mine).outerjoin(answers, answers.c.idempotency_key == key)
+        )
+        .where(_seat(desk))
+    )
+    found = desk.connection.execute(query).one()
+    _check_welcome(desk, found.excluded)
+    return found
+
+
+def _counted_before(desk: Desk, found: Row[Any], key: str, task: int | None, kind: str, text: str) -> bool:
+    if found.event is None:
         return False
-    if (found.rater, found.kind, found.campaign) == (desk.rater, kind, desk.campaign.number) and (
+    if (found.by, found.kind, found.campaign) == (desk.rater, kind, desk.campaign.number) and (
         kind == "undo" or (found.task, found.answer) == (task, text)
     ):
         return True
@@ -306,8 +366,8 @@ def _record(desk: Desk, task: Row[Any], leased_ms: int, given: list[str] | str, 
     seconds = max(0, desk.now_ms - max(leased_ms, desk.last_answer_ms)) / 1000
     mine = and_(places.c.task == task.id, places.c.rater == desk.rater)
     connection.execute(update(places).where(mine).values(state="answered"))
-    _count(connection, task.id, answered=1)
-    connection.execute(update(campaign_raters).where(_seat(desk)).values(last_answer_ms=desk.now_ms))
+    count_places(connection, task.id, answered=1)
+    _count_answers(desk, +1, task.gold, last_answer_ms=desk.now_ms)
     now = moment(desk.now_ms)
     event = {
         "idempotency_key": key, "campaign": desk.campaign.number, "task": task.id, "rater": desk.rater,
@@ -330,12 +390,23 @@ def _record(desk: Desk, task: Row[Any], leased_ms: int, given: list[str] | str, 
     connection.execute(insert(judgements), rows)
 
 
+def _count_answers(desk: Desk, number: int, gold: str | None, **values: Any) -> None:
+    values["answered"] = campaign_raters.c.answered + number
+    if gold is None:
+        values["counted"] = campaign_raters.c.counted + number
+    desk.connection.execute(update(campaign_raters).where(_seat(desk)).values(values))
+
+
 def undo(desk: Desk, key: str) -> str | None:
-    """Takes back the rater's last answer and leases its task to him again; its id, None without an answer."""
+    """Takes back the rater's last answer and leases its task to him again; its id, None without an answer.
+
+    Raises:
+        AnsweredError, ExcludedError: as `submit`.
+    """
     connection = desk.connection
-    if _counted_before(desk, key, None, "undo", ""):
-        task = connection.execute(select(answers.c.task).where(answers.c.idempotency_key == key)).scalar()
-        return None if task is None else task_name(desk.campaign.campaign_id, task)
+    before = _place_and_answer(desk, 0, key)
+    if _counted_before(desk, before, key, None, "undo", ""):
+        return None if before.task is None else task_name(desk.campaign.campaign_id, before.task)
     mine = and_(answers.c.campaign == desk.campaign.number, answers.c.rater == desk.rater, standing())
     last = connection.execute(select(answers).where(mine).order_by(answers.c.id.desc()).limit(1)).first()
     event = {
@@ -346,46 +417,34 @@ def undo(desk: Desk, key: str) -> str | None:
     connection.execute(insert(answers).values(event))
     if last is None:
         return None
-    connection.execute(select(tasks.c.id).where(tasks.c.id == last.task).with_for_update())
+    lock = select(tasks.c.gold).where(tasks.c.id == last.task).with_for_update()
+    _count_answers(desk, -1, connection.execute(lock).scalar_one())
     place = and_(places.c.task == last.task, places.c.rater == desk.rater)
     again = {"state": "leased", "leased_ms": desk.now_ms, "expires_ms": desk.expires_ms}
     connection.execute(update(places).where(place).values(again))
-    _count(connection, last.task, answered=-1)
+    count_places(connection, last.task, answered=-1)
     return task_name(desk.campaign.campaign_id, last.task)
+
+
+def ran_out(campaign: Row[Any], now_ms: int) -> tuple[ColumnElement[bool], ...]:
+    """The conditions on places whose lease ran out."""
+    ours = places.c.task.between(*task_range(campaign))
+    return places.c.state == "leased", places.c.expires_ms <= now_ms, ours
 
 
 def sweep(connection: Connection, campaign: Row[Any], now_ms: int) -> int:
     """Gives back leases that ran out; how many."""
-    ran_out = and_(places.c.state == "leased", places.c.expires_ms <= now_ms)
-    ours = places.c.task.between(*_range(campaign))
-    query = select(places.c.task).where(ran_out, ours).limit(_SWEEP)
+    late = ran_out(campaign, now_ms)
+    query = select(places.c.task).where(*late).limit(_SWEEP)
     freed = 0
     for task in sorted(set(connection.execute(query).scalars())):
         lock = select(tasks.c.id).where(tasks.c.id == task).with_for_update(skip_locked=True)
         if connection.execute(lock).first() is None:
             continue
         done = connection.execute(
-            update(places).where(ran_out, places.c.task == task).values(state="expired", slot=None)
+            update(places).where(*late, places.c.task == task).values(state="expired", slot=None)
         )
         if done.rowcount:
-            _count(connection, task, taken=-done.rowcount, expiries=done.rowcount)
+            count_places(connection, task, taken=-done.rowcount, expiries=done.rowcount)
             freed += done.rowcount
     return freed
-
-
-def withdraw(connection: Connection, rater: str, limit: int = 500) -> int:
-    """Gives back places of a rater who was excluded, some at a time; how many."""
-    mine = and_(places.c.rater == rater, or_(places.c.state == "leased", places.c.state == "answered"))
-    found = (
-        connection.execute(select(places.c.task).where(mine).order_by(places.c.task).limit(limit))
-        .scalars()
-        .all()
-    )
-    for task in found:
-        connection.execute(select(tasks.c.id).where(tasks.c.id == task).with_for_update())
-        place = connection.execute(select(places).where(mine, places.c.task == task)).first()
-        if place is None:
-            continue
-        connection.execute(update(places).where(places.c.id == place.id).values(state="withdrawn", slot=None))
-        _count(connection, task, taken=-1, answered=-1 if place.state == "answered" else 0)
-    return len(found)

@@ -20,6 +20,7 @@ from accord.v1 import feedback_pb2_grpc
 from services.feedback.config import FeedbackServiceConfig
 from services.feedback.main import Service
 from services.feedback.signing import Signer, load_secret
+from tests.feedback.conftest import postgres, url  # noqa: F401 - fixtures
 
 WAIT_S = 60.0
 IMAGES = 30
