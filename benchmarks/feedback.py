@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Protocol
 
 from prometheus_client.parser import text_string_to_metric_families
-from sqlalchemy import event, text
+from sqlalchemy import text
 
 from accord import tokens
 from accord.client import FeedbackClient
@@ -100,18 +100,17 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="where the server's files stay, filled, for the next time")
     parser.add_argument("--seconds", type=float, default=30, help="how long the raters work, each time")
     parser.add_argument("--naive", type=int, default=5, help="how often the naive query is asked")
-    parser.add_argument("--explain", action="store_true", help="also print the plans of the queries")
     parser.add_argument("--output", type=Path, help="also write the result as JSON")
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
         url = arguments.url or stack.enter_context(server(arguments.keep))
-        result = measure(url, arguments.scale, arguments.seconds, arguments.naive, arguments.explain)
+        result = measure(url, arguments.scale, arguments.seconds, arguments.naive)
     print(json.dumps(result, indent=2))
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def measure(url: str, scale: float, seconds: float, naive: int, explain: bool) -> dict[str, object]:
+def measure(url: str, scale: float, seconds: float, naive: int) -> dict[str, object]:
     database = Database(url)
     old = int(IMAGES * scale) // 3 * 3
     everything = old + max(300, int(NEW_IMAGES * scale) // 3 * 3)
@@ -136,8 +135,6 @@ def measure(url: str, scale: float, seconds: float, naive: int, explain: bool) -
         start_s = time.perf_counter()
         campaigns.progress(name)
         progress_s = time.perf_counter() - start_s
-    if explain:
-        explain_queries(database, name)
     slow = [ask_naively(database, f"old rater {n}") for n in range(naive)]
     database.close()
     return {
@@ -313,33 +310,6 @@ def quantiles(values_s: list[float]) -> dict[str, float]:
 
 def say(line: str) -> None:
     print(line, flush=True)
-
-
-def explain_queries(database: Database, name: str) -> None:
-    """Prints what the database does for each statement of a lease and an answer, and how long."""
-    seen: dict[str, object] = {}
-
-    def note(_c: object, _k: object, statement: str, parameters: object, _x: object, _m: bool) -> None:
-        seen[statement] = parameters
-
-    event.listen(database._engine, "before_cursor_execute", note)
-    campaigns = Campaigns.__new__(Campaigns)
-    campaigns._database, campaigns._clock = database, time.time
-    campaigns._known, campaigns._swept_ms = {}, {}
-    for number in range(3):
-        door = InProcess(campaigns, name, "explained-")
-        task = door.lease("rater")
-        assert task is not None
-        door.submit("rater", *task)
-        say(f"task {number}: {len(seen)} kinds of statements so far")
-    event.remove(database._engine, "before_cursor_execute", note)
-    for statement, parameters in seen.items():
-        if isinstance(parameters, list):
-            continue
-        with database._engine.connect() as connection, connection.begin() as transaction:
-            rows = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, BUFFERS) {statement}", parameters)
-            say("\n".join(["", " ".join(statement.split())[:300], *(f"    {row[0]}" for row in rows)]))
-            transaction.rollback()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Who judges what: leases, answers, undo and expiry, each a transaction on an open connection.
+"""Who judges what: leases and expiry, each a transaction on an open connection. Answers: `answering`.
 
 Order of locks, so that nobody waits in a circle (PostgreSQL; SQLite has one writer at a time): the rater's
 row of the campaign, then tasks by rising id, then places.
@@ -10,27 +10,21 @@ import hashlib
 import json
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, exists, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, exists, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from accord.feedback.campaign_records import (
-    AnsweredError,
     ExcludedError,
-    LeaseError,
     NotFoundError,
     Task,
-    check_answer,
 )
 from accord.feedback.campaign_tables import (
     TASKS_PER_CAMPAIGN,
-    answers,
     campaign_raters,
     exclusions,
     places,
     tasks,
 )
-from accord.feedback.counting import standing
-from accord.feedback.tables import judgements
 
 GOLD_EVERY = 10
 """One of so many tasks that a rater takes is a gold one, as long as there are any that he has not seen."""
@@ -82,10 +76,11 @@ def sit_down(connection: Connection, campaign: Row[Any], rater: str, now_ms: int
     return Desk(connection, campaign, rater, now_ms, *seat)
 
 
-_excluded = exists().where(exclusions.c.rater == campaign_raters.c.rater).label("excluded")
+is_excluded = exists().where(exclusions.c.rater == campaign_raters.c.rater).label("excluded")
 
 
-def _check_welcome(desk: Desk, excluded: object) -> None:
+def check_welcome(desk: Desk, excluded: object) -> None:
+    """Raises ExcludedError when the statement that asked `is_excluded` found that he is."""
     if excluded:
         raise ExcludedError(f"the rater {desk.rater!r} was excluded; judgements of his are no longer taken")
 
@@ -95,7 +90,8 @@ def upsert(connection: Connection) -> Any:
     return sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
 
 
-def _seat(desk: Desk) -> ColumnElement[bool]:
+def seat_of(desk: Desk) -> ColumnElement[bool]:
+    """The condition on the rater's row of the campaign."""
     return and_(campaign_raters.c.campaign == desk.campaign.number, campaign_raters.c.rater == desk.rater)
 
 
@@ -128,7 +124,7 @@ def lease(desk: Desk, besides: str | None) -> Task | None:
     Raises:
         ExcludedError: the rater was excluded.
     """
-    held = _held(desk)
+    any_returned, held = _look_around(desk)
     for row in held:
         if task_name(desk.campaign.campaign_id, row.id) == besides:
             continue
@@ -147,7 +143,7 @@ def lease(desk: Desk, besides: str | None) -> Task | None:
         >= desk.campaign.num_tasks - desk.campaign.num_gold
     ):
         return None  # he has had every task: known without looking at any
-    found = _returned(desk)
+    found = _returned(desk) if any_returned else None
     if found is not None:
         return _take(desk, found, desk.cursor)
     # In order, each rater goes past what others are just taking; from the beginning again he finds it.
@@ -159,8 +155,8 @@ def lease(desk: Desk, besides: str | None) -> Task | None:
     return None if found is None else _take(desk, found, desk.cursor)
 
 
-def _held(desk: Desk) -> list[Row[Any]]:
-    """The tasks that the rater holds, oldest first, each with the id of his `place`."""
+def _look_around(desk: Desk) -> tuple[bool, list[Row[Any]]]:
+    """Whether any task was given back; and what the rater holds, oldest first, each with its `place`."""
     first, last = task_range(desk.campaign)
     mine = and_(
         places.c.rater == campaign_raters.c.rater,
@@ -168,15 +164,17 @@ def _held(desk: Desk) -> list[Row[Any]]:
         places.c.task.between(first, last),
     )
     held = places.join(tasks, places.c.task == tasks.c.id)
+    back = tasks.alias("back")
+    is_back = and_(back.c.campaign == desk.campaign.number, back.c.returned, back.c.taken < back.c.wanted)
     query = (
-        select(_excluded, places.c.id.label("place"), tasks)
+        select(is_excluded, exists().where(is_back).label("any"), places.c.id.label("place"), tasks)
         .select_from(campaign_raters.outerjoin(held, mine))
-        .where(_seat(desk))
+        .where(seat_of(desk))
         .order_by(places.c.id)
     )
     rows = desk.connection.execute(query).all()
-    _check_welcome(desk, rows[0].excluded)
-    return [row for row in rows if row.place is not None]
+    check_welcome(desk, rows[0].excluded)
+    return rows[0].any, [row for row in rows if row.place is not None]
 
 
 def task_range(campaign: Row[Any]) -> tuple[int, int]:
@@ -197,8 +195,11 @@ def _shown(desk: Desk, task: int, row: Row[Any]) -> Task:
 
 
 def _not_mine(desk: Desk) -> ColumnElement[bool]:
-    mine = exists().where(places.c.task == tasks.c.id, places.c.rater == desk.rater, _active)
-    return and_(tasks.c.campaign == desk.campaign.number, ~mine)
+    # OFFSET 0 keeps PostgreSQL from making a join of it, for which it may read all places of the store to
+    # find one task. So it looks at one task after the other, by the index of tasks and raters.
+    mine = and_(places.c.task == tasks.c.id, places.c.rater == desk.rater, _active)
+    seen = select(places.c.id).where(mine).offset(0).exists()
+    return and_(tasks.c.campaign == desk.campaign.number, ~seen)
 
 
 def _gold(desk: Desk) -> Row[Any] | None:
@@ -253,13 +254,13 @@ def _last_look(desk: Desk) -> Row[Any] | None:
 
 
 def _take(desk: Desk, task: Row[Any], cursor: int) -> Task:
-    _occupy(desk, task)
+    occupy(desk, task)
     values = {"leases": desk.leases + 1, "cursor": cursor}
-    desk.connection.execute(update(campaign_raters).where(_seat(desk)).values(values))
+    desk.connection.execute(update(campaign_raters).where(seat_of(desk)).values(values))
     return _shown(desk, task.id, task)
 
 
-def _occupy(desk: Desk, task: Row[Any]) -> None:
+def occupy(desk: Desk, task: Row[Any]) -> None:
     """Leases the rater a place of a task whose lock we hold and that has one free."""
     values = {
         "state": "leased", "slot": free_slot(desk.connection, task), "leased_ms": desk.now_ms,
@@ -293,143 +294,11 @@ def count_places(
     connection.execute(update(tasks).where(tasks.c.id == task).values(values))
 
 
-def submit(desk: Desk, number: int, answer: object, key: str) -> bool:
-    """Counts an answer; False when this very answer was counted before.
-
-    Raises:
-        NotFoundError: the campaign has no task of this number.
-        AnsweredError, ExcludedError, LeaseError: it cannot be counted; the message says why.
-        FeedbackError: it is no answer to this task, or the key was used for another.
-    """
-    task = desk.campaign.number * TASKS_PER_CAMPAIGN + number
-    name = task_name(desk.campaign.campaign_id, task)
-    locked = desk.connection.execute(select(tasks).where(tasks.c.id == task).with_for_update()).first()
-    if locked is None:
-        raise NotFoundError(f"there is no task {name!r}")
-    given = check_answer(desk.campaign.kind, len(json.loads(locked.images)), answer)
-    text = json.dumps(given)
-    place = _place_and_answer(desk, task, key)
-    if _counted_before(desk, place, key, task, "answer", text):
-        return False
-    if place.state is None:
-        raise LeaseError(f"the task {name!r} was never leased to {desk.rater!r}; lease it first")
-    if place.state == "answered":
-        raise AnsweredError(
-            f"{desk.rater!r} answered the task {name!r} before, with another idempotency key; undo that "
-            "answer first to change it"
-        )
-    if place.state != "leased":
-        if locked.gold is None and locked.taken >= locked.wanted:
-            raise LeaseError(
-                f"the lease of the task {name!r} ran out, and others have judged it since; this answer was "
-                "not counted, lease another task"
-            )
-        _occupy(desk, locked)
-    _record(desk, locked, place.leased_ms, given, text, key)
-    return True
-
-
-_event = (answers.c.id.label("event"), answers.c.campaign, answers.c.task, answers.c.kind, answers.c.answer)
-
-
-def _place_and_answer(desk: Desk, task: int, key: str) -> Row[Any]:
-    """The rater's place of a task, and what was stored before under this key; nulls for what is not there."""
-    mine = and_(places.c.task == task, places.c.rater == campaign_raters.c.rater)
-    query = (
-        select(_excluded, places.c.state, places.c.leased_ms, *_event, answers.c.rater.label("by"))
-        .select_from(
-            campaign_raters.outerjoin(places, mine).outerjoin(answers, answers.c.idempotency_key == key)
-        )
-        .where(_seat(desk))
-    )
-    found = desk.connection.execute(query).one()
-    _check_welcome(desk, found.excluded)
-    return found
-
-
-def _counted_before(desk: Desk, found: Row[Any], key: str, task: int | None, kind: str, text: str) -> bool:
-    if found.event is None:
-        return False
-    if (found.by, found.kind, found.campaign) == (desk.rater, kind, desk.campaign.number) and (
-        kind == "undo" or (found.task, found.answer) == (task, text)
-    ):
-        return True
-    raise AnsweredError(
-        f"the idempotency key {key!r} was used before for something else; every answer and every undo needs "
-        "a key of its own (nothing was stored)"
-    )
-
-
-def _record(desk: Desk, task: Row[Any], leased_ms: int, given: list[str] | str, text: str, key: str) -> None:
-    connection = desk.connection
-    # A task that was fetched ahead was not looked at before the one before it was answered.
-    seconds = max(0, desk.now_ms - max(leased_ms, desk.last_answer_ms)) / 1000
-    mine = and_(places.c.task == task.id, places.c.rater == desk.rater)
-    connection.execute(update(places).where(mine).values(state="answered"))
-    count_places(connection, task.id, answered=1)
-    _count_answers(desk, +1, task.gold, last_answer_ms=desk.now_ms)
-    now = moment(desk.now_ms)
-    event = {
-        "idempotency_key": key, "campaign": desk.campaign.number, "task": task.id, "rater": desk.rater,
-        "kind": "answer", "answer": text, "seconds": seconds, "created_at": now,
-    }  # fmt: skip
-    done = connection.execute(insert(answers).values(event))
-    if isinstance(given, str):
-        return
-    assert done.inserted_primary_key is not None
-    shared = {
-        "prompt": task.prompt, "rater": desk.rater, "created_at": now,
-        "answer_id": done.inserted_primary_key[0],
-    }  # fmt: skip
-    pairs = enumerate(zip(json.loads(task.images), given, strict=True))
-    names = f"{desk.campaign.campaign_id}/{key}"
-    rows = [
-        {**shared, "idempotency_key": f"{names}/{number}", "image": image, "verdict": verdict}
-        for number, (image, verdict) in pairs
-    ]
-    connection.execute(insert(judgements), rows)
-
-
-def _count_answers(desk: Desk, number: int, gold: str | None, **values: Any) -> None:
-    values["answered"] = campaign_raters.c.answered + number
-    if gold is None:
-        values["counted"] = campaign_raters.c.counted + number
-    desk.connection.execute(update(campaign_raters).where(_seat(desk)).values(values))
-
-
-def undo(desk: Desk, key: str) -> str | None:
-    """Takes back the rater's last answer and leases its task to him again; its id, None without an answer.
-
-    Raises:
-        AnsweredError, ExcludedError: as `submit`.
-    """
-    connection = desk.connection
-    before = _place_and_answer(desk, 0, key)
-    if _counted_before(desk, before, key, None, "undo", ""):
-        return None if before.task is None else task_name(desk.campaign.campaign_id, before.task)
-    mine = and_(answers.c.campaign == desk.campaign.number, answers.c.rater == desk.rater, standing())
-    last = connection.execute(select(answers).where(mine).order_by(answers.c.id.desc()).limit(1)).first()
-    event = {
-        "idempotency_key": key, "campaign": desk.campaign.number, "rater": desk.rater, "kind": "undo",
-        "answer": "", "created_at": moment(desk.now_ms),
-        "task": None if last is None else last.task, "undoes": None if last is None else last.id,
-    }  # fmt: skip
-    connection.execute(insert(answers).values(event))
-    if last is None:
-        return None
-    lock = select(tasks.c.gold).where(tasks.c.id == last.task).with_for_update()
-    _count_answers(desk, -1, connection.execute(lock).scalar_one())
-    place = and_(places.c.task == last.task, places.c.rater == desk.rater)
-    again = {"state": "leased", "leased_ms": desk.now_ms, "expires_ms": desk.expires_ms}
-    connection.execute(update(places).where(place).values(again))
-    count_places(connection, last.task, answered=-1)
-    return task_name(desk.campaign.campaign_id, last.task)
-
-
 def ran_out(campaign: Row[Any], now_ms: int) -> tuple[ColumnElement[bool], ...]:
     """The conditions on places whose lease ran out."""
     ours = places.c.task.between(*task_range(campaign))
-    return places.c.state == "leased", places.c.expires_ms <= now_ms, ours
+    # "More than 0" says no more than the index of leases that run out: the others do without that one.
+    return places.c.state == "leased", places.c.expires_ms > 0, places.c.expires_ms <= now_ms, ours
 
 
 def sweep(connection: Connection, campaign: Row[Any], now_ms: int) -> int:

@@ -127,7 +127,7 @@ def progress(connection: Connection, campaign: Row[Any], now_ms: int, *, by_prom
     )
 
 
-def _tallies(connection: Connection, campaign: Row[Any], by: Column[str]) -> Sequence[Row[Any]]:
+def _tallies(connection: Connection, campaign: Row[Any], by: Column[str]) -> list[tuple[Any, ...]]:
     """Rows of `by` (a column of tasks), good, bad, skip, number: so many images have so many of each verdict.
 
     Gold apart. The database counts: however large the campaign, little comes back.
@@ -147,10 +147,11 @@ def _tallies(connection: Connection, campaign: Row[Any], by: Column[str]) -> Seq
         .subquery()
     )
     same = [item.c.name, *(item.c[verdict] for verdict in VERDICTS)]
-    return connection.execute(select(*same, func.count().label("number")).group_by(*same)).all()
+    query = select(*same, func.count().label("number")).group_by(*same)
+    return [tuple(row) for row in connection.execute(query)]
 
 
-def _shares(tallies: Sequence[Row[Any]]) -> dict[str, dict[str, float]]:
+def _shares(tallies: Sequence[tuple[Any, ...]]) -> dict[str, dict[str, float]]:
     """As `shares_by_category`."""
     votes: dict[str, Counter[str]] = defaultdict(Counter)
     images: Counter[str] = Counter()
@@ -162,7 +163,7 @@ def _shares(tallies: Sequence[Row[Any]]) -> dict[str, dict[str, float]]:
     return {name: shares_of(votes[name], images[name]) for name in order}
 
 
-def _agreement_on_images(tallies: Sequence[Row[Any]]) -> dict[str, Agreement]:
+def _agreement_on_images(tallies: Sequence[tuple[Any, ...]]) -> dict[str, Agreement]:
     """By category; skips apart."""
     found: dict[str, Counter[tuple[int, ...]]] = defaultdict(Counter)
     for name, good, bad, _, number in tallies:

@@ -13,7 +13,7 @@ from typing import Any, Self
 from sqlalchemy import Connection, Row, func, insert, select
 
 from accord.errors import FeedbackError
-from accord.feedback import assignment, campaign_making, campaign_reading, exclusion
+from accord.feedback import answering, assignment, campaign_making, campaign_reading, exclusion
 from accord.feedback.campaign_records import (
     Campaign,
     ComparisonItem,
@@ -217,7 +217,7 @@ class Campaigns:
 
         def work(connection: Connection) -> bool:
             desk = assignment.sit_down(connection, campaign, rater, self._now_ms())
-            return assignment.submit(desk, number, answer, idempotency_key)
+            return answering.submit(desk, number, answer, idempotency_key)
 
         name, number = assignment.parse_task(task_id)
         try:
@@ -240,7 +240,7 @@ class Campaigns:
 
         def work(connection: Connection) -> str | None:
             desk = assignment.sit_down(connection, campaign, rater, self._now_ms())
-            return assignment.undo(desk, idempotency_key)
+            return answering.undo(desk, idempotency_key)
 
         return self._database.write(work)
 

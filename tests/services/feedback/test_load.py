@@ -149,7 +149,8 @@ def _rate_over_grpc(served: Served, rater: str, said: Acknowledged) -> None:
 
 
 @pytest.fixture
-def served(tmp_path: Path, url: str) -> Iterator[Served]:
+def served(tmp_path: Path, any_database: str) -> Iterator[Served]:
+    url = any_database
     with FeedbackStore(url) as store, Campaigns(url) as campaigns:
         store.add_candidates(make_candidate(number) for number in range(IMAGES))
         campaigns.create_alignment("c", "Title", judgements_per_item=JUDGEMENTS)
@@ -159,11 +160,11 @@ def served(tmp_path: Path, url: str) -> Iterator[Served]:
     running.close()
 
 
-def test_fifty_raters_while_the_service_is_killed(served: Served, url: str, tmp_path: Path) -> None:
+def test_fifty_raters_while_the_service_is_killed(served: Served, any_database: str, tmp_path: Path) -> None:
     """What was acknowledged before a kill is there, and in the end every image has exactly k judgements."""
     said = Acknowledged()
     signer = Signer(load_secret(tmp_path / "state"))
-    with ThreadPoolExecutor(RATERS) as pool, Campaigns(url) as campaigns:
+    with ThreadPoolExecutor(RATERS) as pool, Campaigns(any_database) as campaigns:
         raters: list[Future[None]] = []
         for number in range(RATERS // 2):
             link = signer.make_invite("c", f"page-{number}", 1.0)[0]

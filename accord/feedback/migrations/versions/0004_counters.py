@@ -37,6 +37,8 @@ def upgrade() -> None:
             op.add_column(table, sa.Column(name, sa.Integer, nullable=False, server_default="0"))
     for statement in (_CAMPAIGNS, _ANSWERED, _COUNTED):
         op.execute(statement)
+    op.drop_index("ix_places_expiring", "places")
+    _index_leases("state = 'leased' AND expires_ms > 0")
     op.create_table(
         "exclusion_events",
         sa.Column("id", _ID, nullable=False),
@@ -53,8 +55,17 @@ def upgrade() -> None:
     )
 
 
+def _index_leases(where: str) -> None:
+    condition = sa.text(where)
+    op.create_index(
+        "ix_places_expiring", "places", ["expires_ms"], postgresql_where=condition, sqlite_where=condition
+    )
+
+
 def downgrade() -> None:
     op.drop_table("exclusion_events")
+    op.drop_index("ix_places_expiring", "places")
+    _index_leases("state = 'leased'")
     for table, columns in _ADDED.items():
         for name in columns:
             op.drop_column(table, name)
