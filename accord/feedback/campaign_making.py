@@ -110,7 +110,10 @@ def alignment_tasks(
     ordinary: dict[tuple[str, str], list[str]] = {}
     golden: dict[tuple[str, str], list[str]] = {}
     wanted, found = set(only), set()
-    for image, prompt, category, source in connection.execute(select(*columns)):
+    query = select(*columns)
+    if sources and not known and not wanted:
+        query = query.where(candidates.c.source.in_(sources))  # not the whole of a large store
+    for image, prompt, category, source in connection.execute(query):
         if (image, prompt) in known or (image, prompt) in wanted:
             found.add((image, prompt))
         if (image, prompt) in known:
