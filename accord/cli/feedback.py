@@ -260,7 +260,7 @@ def include(
     if places is None:
         _out.print(f"{_plain(rater)} was not excluded")
     else:
-        _out.print(f"{_plain(rater)} rates again; {places} of his answers in campaigns count again")
+        _out.print(f"{_plain(rater)} rates again; {places} answers in campaigns count again")
 
 
 @app.command()
