@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 
+from accord.cpu import use_cpu
 from accord.images import encode_png
 from accord.prompts import load_grammar
 from accord.v1 import reward_pb2
@@ -40,7 +40,7 @@ def main(
     """Prints a Markdown table: milliseconds for a batch, both ways, and their ratio."""
     from services.reward.deployment import Perturbations, ScoreRequest, load_reward, score_all
 
-    torch.set_num_threads(threads)
+    use_cpu(threads)
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(pairs)]
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(pairs)]

@@ -18,6 +18,7 @@ from ray import serve
 
 from accord.artifacts import content_digest
 from accord.config import resolve_path
+from accord.cpu import use_cpu
 from accord.errors import PromptError
 from accord.prompts import Grammar, load_grammar
 from accord.reward import features
@@ -55,10 +56,9 @@ class Reward:
     """A replica. `settings` is a dumped RewardSettings."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        import torch
 
         self._settings = RewardSettings.model_validate(settings)
-        torch.set_num_threads(self._settings.threads)
+        use_cpu(self._settings.threads)
         self._worker = ThreadPoolExecutor(1, "reward")
         self._loader = ThreadPoolExecutor(1, "reward loader")
         self._perturbations = Perturbations(load_grammar(self._settings.grammar), self._settings.num_prompts)
