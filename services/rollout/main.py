@@ -84,11 +84,21 @@ def main(
             typer.echo(f"{decision.action}: {decision.why}" if decision else "no canary is loaded")
             return
         if settings.metrics_port:
-            start_http_server(settings.metrics_port, settings.metrics_host, metrics.registry)
+            _serve_metrics(settings, metrics)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         rollout.run(settings.every_s, stop)
+
+
+def _serve_metrics(settings: RolloutConfig, metrics: RolloutMetrics) -> None:
+    try:
+        start_http_server(settings.metrics_port, settings.metrics_host, metrics.registry)
+    except OSError as error:
+        raise ConfigError(
+            f"metrics_port {settings.metrics_port} on {settings.metrics_host} cannot be used: "
+            f"{error.strerror}"
+        ) from None
 
 
 def run() -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from accord.registry.rollout import RolloutPolicy
 from accord.registry.runs import RunModel
 from accord.registry.settings import GateConfig
 from accord.tokens import read_secret
+from k8s.monitoring.dashboards import MODELS, SERVING
 from services.rollout.config import GrpcEndpoint, RolloutConfig, ServeEndpoint
 from services.rollout.main import LiveSources
 from services.rollout.moves import MoveError, Mover
@@ -41,7 +43,7 @@ from tests.registry.run import GOOD
 from tests.services.conftest import serve_config
 from tests.services.deployment import Deployment, eventually
 from tests.services.feedback.conftest import Running, make_config, make_store, make_tokens, run_service
-from tests.services.rollout.prometheus import prometheus
+from tests.services.rollout.prometheus import answered, prometheus
 from tests.services.test_canary import counted, used
 from tests.services.test_operations import load
 
@@ -49,6 +51,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.prometheus]
 
 NAME = "accord-diffusion"
 WHO = {"by": "olga", "why": "a test"}
+# Queries that may be empty here: of what did not happen, is not there, or comes from other pages and rules.
+QUIET = re.compile(
+    "errors_total|cancelled|expired|retries|failures|failed|refused|gram_|gpus|accord:|rollout|up{|last_look"
+)
 
 
 @dataclass(frozen=True)
@@ -273,6 +279,8 @@ def test_a_bad_canary_is_taken_out_for_its_errors_and_for_what_people_say(
         assert min(rated.values()) >= 8, rated
         eventually(lambda: managed.serving.read().canary is None, "people take it out", 240)
         _until_recorded(managed, "good 0 of")
+        silent = [query for query in (*SERVING.queries, *MODELS.queries) if not answered(url, query)]
+    assert [query for query in silent if not QUIET.search(query)] == []
     assert caplog.text.count("took out the canary") == 2
     assert deployment.generate().summary.model_digest == champion
 

@@ -335,9 +335,12 @@ def test_what_the_rest_api_cannot_do_is_told(dashboard: Dashboard) -> None:
         ServeApi(ServeEndpoint(url="http://127.0.0.1:1")).read()
 
 
-def test_the_documented_config_is_one(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["rollout.yaml", "manage.yaml"])
+def test_a_documented_config_is_one(root: Path, tmp_path: Path, name: str) -> None:
     text = (root / "docs" / "operate.md").read_text()
-    block = text.split("```yaml\n# rollout.yaml\n")[1].split("```")[0]
-    (tmp_path / "rollout.yaml").write_text(block)
-    config = load_yaml(RolloutConfig, tmp_path / "rollout.yaml")
+    block = text.split(f"```yaml\n# {name}\n")[1].split("```")[0]
+    (tmp_path / name).write_text(block)
+    config = load_yaml(RolloutConfig, tmp_path / name)
     assert config.policy.min_verdicts == 100
+    assert config.registry is not None
+    assert config.registry.model == "accord-diffusion"
