@@ -99,9 +99,15 @@ class ServeApi:
         self._url = where.url.rstrip("/") + "/api/serve/applications/"
 
     def read(self) -> UserConfigs:
-        deployments = self.application()["deployments"]
+        application = self.application()
+        # What was told last comes first: replicas are told of it some moments later.
+        told = {
+            one["name"]: one.get("user_config")
+            for one in (application.get("deployed_app_config") or {}).get("deployments") or []
+        }
+        running = application["deployments"]
         found = [
-            deployments.get(name, {}).get("deployment_config", {}).get("user_config") or {}
+            told.get(name) or running.get(name, {}).get("deployment_config", {}).get("user_config") or {}
             for name in (GENERATION, GATEWAY, REWARD)
         ]
         if not found[0]:
