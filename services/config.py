@@ -125,7 +125,8 @@ class RewardSettings(DeploymentSettings):
     device: str = "cpu"
     threads: int = Field(default=1, ge=1)
     max_batch_size: int = Field(default=32, ge=1)
-    batch_wait_s: float = Field(default=0.005, ge=0.0)
+    batch_wait_s: float = Field(default=0.0, ge=0.0)
+    """How long a request waits for others. With 0, those that come during a batch are the next one."""
     grammar: str = "shapes"
     """Grammar whose perturbed prompts a prompt is compared with (prompt_probability)."""
     num_prompts: int = Field(default=10, ge=2)
