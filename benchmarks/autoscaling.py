@@ -146,7 +146,7 @@ def cluster(directory: Path) -> Iterator[tuple[str, str]]:
     """
     port, dashboard = _free_port(), _free_port()
     node_types = {
-        "head": {"resources": {}, "node_config": {}, "max_workers": 0},
+        "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
         "gateway": _node_type({"CPU": 2}, "gateway", 1, 1),
         "models": _node_type({"CPU": 6, "GPU": 1}, "models", *NODES),
     }
@@ -163,7 +163,7 @@ def cluster(directory: Path) -> Iterator[tuple[str, str]]:
             "gcs_address": f"127.0.0.1:{port}",
         },
         "available_node_types": node_types,
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",
         "idle_timeout_minutes": IDLE_S / 60,
         "upscaling_speed": 1.0,
         "auth": {},
@@ -310,6 +310,8 @@ def main(
     svg: Annotated[Path | None, typer.Option(help="Where to draw the time line.")] = None,
 ) -> None:
     """Prints what there was at each change, and whether every request was answered."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the nodes end with this, however it is stopped
+        signal.signal(number, lambda *_: sys.exit(130))
     with errors_shown(), tempfile.TemporaryDirectory(prefix="accord-") as name:
         directory, grpc_port = Path(name), _free_port()
         token = tokens.add(directory / "tokens.yaml", "load", ["generate"])
