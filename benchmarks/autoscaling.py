@@ -310,6 +310,7 @@ def main(
     svg: Annotated[Path | None, typer.Option(help="Where to draw the time line.")] = None,
 ) -> None:
     """Prints what there was at each change, and whether every request was answered."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # as for the head, which only this machine can reach
     for number in (signal.SIGINT, signal.SIGTERM):  # the nodes end with this, however it is stopped
         signal.signal(number, lambda *_: sys.exit(130))
     with errors_shown(), tempfile.TemporaryDirectory(prefix="accord-") as name:
