@@ -25,7 +25,7 @@ from accord.feedback.aggregate import find_aggregation
 from accord.images import decode_image
 from accord.prompts import Grammar, load_grammar
 from accord.recipe import Recipe
-from ray_jobs import _cli, cluster, inputs, sources
+from ray_jobs import _cli, cluster, inputs, latency, second_reward, sources
 from ray_jobs.finetune import has_control
 from ray_jobs.generation import Row, Source, generate
 from ray_jobs.judge import judgement_key
@@ -55,7 +55,9 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
     if recipe.reference is None:
         raise ConfigError("evaluate needs real images to compare with, but the recipe's reference is null")
     reference = sources.run(recipe, run_dir, "reference")
-    config = recipe.evaluate.model_dump(mode="json")
+    # Which one is a matter of the report, unless another model is to be asked.
+    config = recipe.evaluate.model_dump(mode="json", exclude={"second_reward"})
+    second = second_reward.digests(recipe)
     stage = Stage(
         "evaluation",
         KIND,
@@ -69,12 +71,19 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
             **rewards_config(recipe),
         },
         recipe.seed,
-        {name: model.digest for name, model in models.items()} | rewards | {"reference": reference.digest},
+        {name: model.digest for name, model in models.items()}
+        | rewards
+        | {"reference": reference.digest}
+        | second,
     )
     if not is_done(stage, run_dir):
         with timed(run_dir, "evaluate"):
             rows = _generate_all(recipe, run_dir, models)
             cluster.on_device(recipe.ray, _measure_all, recipe, run_dir, stage, rows)
+    wanted = {name: model.digest for name, model in models.items()}
+    if not recipe.ray.local and not latency.is_measured(run_dir, wanted):  # no arm of a study is ever served
+        with timed(run_dir, "latency"):
+            cluster.on_device(recipe.ray, latency.measure, recipe, run_dir, models, guidance_of(run_dir))
     return read_manifest(run_dir / "evaluation")
 
 
@@ -82,6 +91,13 @@ def load_tables(run_dir: Path) -> dict[str, pd.DataFrame]:
     """The evaluation's tables by file name."""
     names = (MEASUREMENTS, VOTES, REWARD_ROWS)
     return {name: pd.read_parquet(run_dir / "evaluation" / name) for name in names}
+
+
+def guidance_of(run_dir: Path) -> dict[str, float]:
+    """The guidance scale that was chosen for each model."""
+    measured = load_tables(run_dir)[MEASUREMENTS]
+    test = measured[measured["group"] == TEST]
+    return {str(model): float(scale) for model, scale in test.groupby("model")["guidance"].first().items()}
 
 
 def load_features(run_dir: Path) -> dict[str, NDArray[np.float32]]:
@@ -176,6 +192,10 @@ def _measure_all(recipe: Recipe, run_dir: Path, stage: Stage, rows: pd.DataFrame
     best_of = measured["group"] == BEST_OF
     if recipe.rewards and best_of.any():  # what the model is tuned for is what ranks its images
         measured.loc[best_of, "reward"] = rewards_of(recipe, run_dir, measured[best_of])
+    if second_reward.digests(recipe):
+        measured["second_reward"] = np.nan
+        asked = second_reward.score(recipe, measured[claims], inputs.image_folder(run_dir))
+        measured.loc[claims, "second_reward"] = asked
     grammar = load_grammar(recipe.grammar)
     measured["fits"], measured["truth"] = _labels(recipe, run_dir, grammar, measured)
     calibrated = measured[claims].assign(

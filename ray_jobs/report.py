@@ -15,7 +15,7 @@ from accord.evaluation.report import BestOfCard, Gallery, PairCard, RankedImage,
 from accord.evaluation.summary import build_summary
 from accord.feedback.snapshot import load_snapshot, snapshot_distribution, snapshot_raters
 from accord.recipe import Recipe
-from ray_jobs import _cli, evaluate, inputs, stages
+from ray_jobs import _cli, evaluate, inputs, latency, stages
 from ray_jobs.progress import console, say
 
 PAIRS_PER_CELL = 1  # of each split and category
@@ -46,6 +46,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
             seed=recipe.seed,
             raters=snapshot_raters(run_dir / "snapshot"),
             calibration=stages.required(run_dir, "reward").config.get("calibration_report"),
+            latency=latency.read(run_dir),
             feature_name=inputs.make_evaluator(recipe).feature_name,
         )
         stages.write_json(run_dir / "summary.json", summary)

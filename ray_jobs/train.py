@@ -224,7 +224,10 @@ def _worker(settings: dict[str, Any]) -> Any:  # Ray hands on what rank 0 return
 def _loop(learner: Learner, training: dict[str, Any], directory: Path, rank: int, run: Any) -> None:
     import ray.train
 
+    from ray_jobs.metrics import TrainingMetrics
+
     last = training["steps"]
+    exported = TrainingMetrics(training) if rank == 0 else None
     _note_progress(directory, learner.step_index, {}, rank)
     while learner.step_index < last:
         metrics = learner.step()
@@ -232,6 +235,8 @@ def _loop(learner: Learner, training: dict[str, Any], directory: Path, rank: int
         if rank == 0 and (step % training["log_every"] == 0 or step == last):
             values = _values(learner, metrics, last=step == last)
             _note_progress(directory, step, values, rank)
+            if exported is not None:
+                exported.report(step, values)
             if run is not None:
                 run.log(step, **values)
         if step % training["checkpoint_every"] == 0 or step == last:

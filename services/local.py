@@ -30,6 +30,8 @@ from accord.config import load_yaml
 from accord.errors import AccordError, ConfigError
 from accord.tokens import default_secret_path, default_tokens_path, ensure_first_token
 from services.config import APP_NAME, SERVICER_FUNCTIONS, ServeConfig
+from services.managed import cause, deploy, make_ray_token, write_manage_file
+from services.rollout.config import ServeEndpoint
 
 ENVIRONMENTS = Path(__file__).parent / "environments"
 READY_TIMEOUT_S = 240.0
@@ -58,6 +60,8 @@ class Endpoint:
     metrics_address: str
     """http://host:port/metrics, for Prometheus."""
     process_id: int
+    dashboard: str = ""
+    """http://host:port of Ray's dashboard, where there is one."""
 
 
 @contextlib.contextmanager
@@ -68,6 +72,7 @@ def serving(
     public: bool = False,
     tokens_path: str | Path | None = None,
     secret_path: str | Path | None = None,
+    manage: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Endpoint]:
     """Serves during the block. Starts Ray in this process, which must not have it yet.
@@ -75,6 +80,7 @@ def serving(
     Args:
         port: of gRPC; 0 for a free one.
         public: listen on all interfaces; else on 127.0.0.1 alone.
+        manage: a file that gets what `accord models promote --serve` needs; Ray's dashboard then runs too.
         say: told of each stage.
 
     Raises:
@@ -92,6 +98,8 @@ def serving(
     os.environ.setdefault(
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", str(gateway.user_config.limits.max_request_bytes + 2**20)
     )
+    dashboard_port = _free_port(0) if manage else 0
+    ray_token = make_ray_token(manage) if manage else None  # before the import, which reads the environment
     import ray
 
     if ray.is_initialized():
@@ -99,11 +107,22 @@ def serving(
     say("Starting Ray")
     try:
         with _quiet_stderr():
-            metrics_address = _start_ray(config, public)
+            metrics_address = _start_ray(config, public, dashboard_port)
         say("Loading the models")
-        _start_serve(config, port)
+        endpoint = Endpoint(
+            f"127.0.0.1:{port}",
+            str(tokens_path),
+            str(secret_path),
+            metrics_address,
+            os.getpid(),
+            f"http://127.0.0.1:{dashboard_port}" if manage else "",
+        )
+        where = ServeEndpoint(url=endpoint.dashboard, token_file=str(ray_token)) if manage else None
+        _start_serve(config, port, where)
         _wait_until_healthy(port)
-        yield Endpoint(f"127.0.0.1:{port}", str(tokens_path), str(secret_path), metrics_address, os.getpid())
+        if manage and where:
+            write_manage_file(manage, where, endpoint.address, endpoint.secret_path)
+        yield endpoint
     finally:
         say("Stopping")
         with _quiet_stderr():
@@ -124,7 +143,7 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _start_ray(config: ServeConfig, public: bool) -> str:
+def _start_ray(config: ServeConfig, public: bool, dashboard_port: int) -> str:
     """Starts a local cluster with room for all replicas; the address of its metrics."""
     import ray
 
@@ -133,7 +152,9 @@ def _start_ray(config: ServeConfig, public: bool) -> str:
         address="local",
         num_cpus=max(os.cpu_count() or 1, math.ceil(_cpus(config))),
         object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
+        include_dashboard=dashboard_port > 0,
+        dashboard_host="127.0.0.1",
+        dashboard_port=dashboard_port or None,
         log_to_driver=False,
         logging_level=logging.ERROR,
         runtime_env=hook,
@@ -143,17 +164,20 @@ def _start_ray(config: ServeConfig, public: bool) -> str:
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
-def _start_serve(config: ServeConfig, port: int) -> None:
+def _start_serve(config: ServeConfig, port: int, managed: ServeEndpoint | None) -> None:
     from ray import serve
 
     from services.app import application
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": "127.0.0.1", "port": _free_port(0)},
-        grpc_options={"port": port, "grpc_servicer_functions": list(SERVICER_FUNCTIONS)},
-    )
+    options: dict[str, Any] = {
+        "http_options": {"host": "127.0.0.1", "port": _free_port(0)},
+        "grpc_options": {"port": port, "grpc_servicer_functions": list(SERVICER_FUNCTIONS)},
+    }
+    serve.start(proxy_location="HeadOnly", **options)
+    if managed is not None:
+        deploy(config, managed, options, READY_TIMEOUT_S)
+        return
     try:
         serve.run(application(config, versioned=True), name=APP_NAME, blocking=False)
     except RuntimeError as error:
@@ -164,13 +188,11 @@ def _cause(error: RuntimeError) -> str:
     """The reason why a deployment failed, out of the many lines that Serve makes of it."""
     from ray import serve
 
+    texts: list[str] = []
     with contextlib.suppress(Exception):
         deployments = serve.status().applications[APP_NAME].deployments
-        for name, status in deployments.items():
-            lines = [line.strip() for line in status.message.splitlines() if "Error: " in line]
-            if lines:
-                return f"{name}: {lines[-1]}"
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        texts = [status.message for status in deployments.values()]
+    return cause(texts, str(error) or type(error).__name__)
 
 
 def _wait_until_healthy(port: int) -> None:
@@ -284,6 +306,14 @@ def main(
     ] = False,
     tokens: Annotated[Path | None, typer.Option(help="File of hashed tokens.")] = None,
     secret: Annotated[Path | None, typer.Option(help="Where the first token is put.")] = None,
+    manage: Annotated[
+        Path | None,
+        typer.Option(
+            "--manage",
+            metavar="FILE",
+            help="Written for `accord models promote --serve FILE`, which then changes what serves.",
+        ),
+    ] = None,
     endpoint_file: Annotated[
         Path | None, typer.Option(help="Gets, once all is healthy, where it is, as JSON.")
     ] = None,
@@ -300,6 +330,7 @@ def main(
             public=public,
             tokens_path=tokens,
             secret_path=secret,
+            manage=manage.expanduser().absolute() if manage else None,
             say=lambda text: console.print(f"[dim]{text} …[/]"),
         ) as endpoint:
             stop.install()

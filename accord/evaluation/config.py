@@ -9,6 +9,9 @@ from accord.config import Config
 from accord.diffusion.settings import SamplerConfig
 from accord.prompts import Category, PromptPlan, Split
 
+SECOND_REWARDS = ("clip", "reward_no_auxiliary")
+"""What every evaluation measures beside the reward itself."""
+
 PromptCounts = dict[Split, dict[Category, NonNegativeInt]]
 """How many prompts of each split and category, e.g. `{seen: {count: 9, colour: 9}}`."""
 
@@ -81,9 +84,23 @@ class EvaluateConfig(Config):
     best_of: BestOfConfig = BestOfConfig()
     sampler: SamplerConfig = SamplerConfig()
     batch_size: PositiveInt = 32
+    second_reward: str = "clip"
+    """A reward that fine-tuning was not given, whose change tells a better model from a reward that is merely
+    pleased: "clip" (the similarity by the recipe's CLIP, learned from no judgement), "reward_no_auxiliary",
+    or the directory of a reward model or of another CLIP, such as that of another run."""
     bootstrap_resamples: int = Field(default=1000, ge=100)
     confidence_level: float = Field(default=0.95, gt=0.0, lt=1.0)
     calibration_bins: PositiveInt = 10
+
+    @field_validator("second_reward")
+    @classmethod
+    def _second_reward_is_another(cls, name: str) -> str:
+        if name in ("", "reward"):
+            raise ValueError(
+                f"second_reward is {name!r}: expected {', '.join(SECOND_REWARDS)} or a directory, and not "
+                "the reward that is trained on"
+            )
+        return name
 
     @field_validator("guidance_scales")
     @classmethod

@@ -14,7 +14,8 @@ reward_gain.SCORE.SPLIT       AUC within categories of the reward above that of 
 fidelity.MODEL                frechet, kid, n, features
 diversity.MODEL               mean distance in features between images of one prompt
 readable.MODEL                share of readable images
-change.MODEL                  diversity, readable and frechet above the base's
+change.MODEL                  diversity, readable, frechet and second_reward above the base's
+latency.MODEL                 seconds_per_image at its guidance, as `evaluate` timed them; empty if it did not
 frontier                      one entry for each model and guidance scale, on the "choice" prompts
 frontier_gain.MODEL           success above the base's at equal guidance, and at equal Fréchet distance
 feedback, raters (who judged, and how much they agree), labels (how many are true), calibration (of the
@@ -32,7 +33,7 @@ from numpy.typing import NDArray
 
 from accord.errors import AccordError
 from accord.evaluation.bestof import best_of_interval
-from accord.evaluation.config import EvaluateConfig
+from accord.evaluation.config import SECOND_REWARDS, EvaluateConfig
 from accord.evaluation.fidelity import Reference, diversity, diversity_by_prompt
 from accord.evaluation.guidance import choose_guidance, frontier_gain, frontier_table
 from accord.evaluation.plan import BEST_OF, CHOICE, TEST
@@ -87,6 +88,7 @@ def build_summary(
     feature_name: str,
     raters: Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
+    latency: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The summary of a comparison: plain JSON values only, the same for the same input and seed.
 
@@ -105,6 +107,7 @@ def build_summary(
         raters: who judged; see `accord.feedback.snapshot.snapshot_raters`.
         calibration: of the reward on images that learning left out; see
             `accord.reward.calibration.calibration_report`.
+        latency: seconds_per_image by model.
 
     Raises:
         AccordError: for missing columns, unaligned features, a prompt on which both guidance was chosen and a
@@ -118,7 +121,9 @@ def build_summary(
     chosen = _at_chosen_guidance(measurements, guidance)
     # As categories, because every cell of the tables below compares these columns with a name.
     names = dict.fromkeys(("model", "split", "category"), "category")
-    test = _Test(measurements.loc[chosen, list(_TEST_COLUMNS)].astype(names), features_ND[chosen], bootstrap)
+    rows = measurements.assign(second_reward=second_reward(measurements, config))
+    columns = [*_TEST_COLUMNS, "second_reward"]
+    test = _Test(rows.loc[chosen, columns].astype(names), features_ND[chosen], bootstrap)
     tuned = [model for model in MODELS if model != "base"]
     summary: dict[str, Any] = {
         "guidance": {model: guidance.get(model, float("nan")) for model in MODELS},
@@ -149,6 +154,7 @@ def build_summary(
         "calibration": calibration or {},
         "labels": label_quality(reward_rows, bootstrap=bootstrap),
         "agreement": _agreement(measurements, bootstrap),
+        "latency": latency or {},
         "protocol": _protocol(test, config, seed),
         "digests": digests,
         "seconds": seconds,
@@ -198,6 +204,17 @@ def check_measurements(measurements: pd.DataFrame, features_ND: NDArray[np.float
                 f"{len(both)} prompts are in the groups {CHOICE!r} and {group!r}, such as {both[0]!r}: "
                 "guidance must be chosen on other prompts than those of the claim"
             )
+
+
+def second_reward(measurements: pd.DataFrame, config: EvaluateConfig) -> pd.Series:
+    """Of each row, the reward that fine-tuning was not given. Raises AccordError: it was not measured."""
+    name = config.second_reward if config.second_reward in SECOND_REWARDS else "second_reward"
+    if name not in measurements.columns:
+        raise AccordError(
+            f"the measurements have no {name}: evaluate.second_reward is {config.second_reward!r}, and they "
+            "were made with another; evaluate again"
+        )
+    return measurements[name].astype(float)
 
 
 def plain(value: Any) -> Any:
@@ -283,7 +300,16 @@ def _change(test: _Test, model: str, reference: Reference) -> dict[str, Any]:
         bootstrap=test.bootstrap,
         support=None,
     )
-    return {"readable": readable.as_dict(), "diversity": varied.as_dict(), "frechet": frechet.as_dict()}
+    second = difference_interval(
+        rows["second_reward"],
+        rows["prompt"],
+        base["second_reward"],
+        base["prompt"],
+        bootstrap=test.bootstrap,
+        support=None,
+    )
+    changes = {"readable": readable, "diversity": varied, "frechet": frechet, "second_reward": second}
+    return {name: change.as_dict() for name, change in changes.items()}
 
 
 def _fidelity(test: _Test, model: str, reference: Reference, feature_name: str) -> dict[str, Any]:
@@ -358,6 +384,7 @@ def _protocol(test: _Test, config: EvaluateConfig, seed: int) -> dict[str, Any]:
         "quorum": config.test.quorum,
         "guidance_scales": list(config.guidance_scales),
         "confidence_level": config.confidence_level,
+        "second_reward": config.second_reward,
         "bootstrap_resamples": config.bootstrap_resamples,
         "seed": seed,
     }

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import getpass
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
-from accord.errors import AccordError
+from accord.errors import AccordError, ConfigError
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
     from accord.registry.lineage import Lineage
@@ -37,6 +39,15 @@ ByOption = Annotated[
 ]
 WhyOption = Annotated[str, typer.Option("--why", help="What speaks for it; it goes on record.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Prints JSON.")]
+ServeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--serve",
+        help="Moves the traffic too: a file that says what serves, as `accord serve --manage` writes it "
+        "(docs/operate.md).",
+        dir_okay=False,
+    ),
+]
 
 
 def _errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -53,7 +64,8 @@ def _errors(command: Callable[P, None]) -> Callable[P, None]:
     return guarded
 
 
-_NOT_SERVED = " What serves is what the Serve config names: change that too, or run services.rollout."
+_NOT_SERVED = " What serves is what the Serve config names: --serve FILE moves that too."
+_SHARE = 0.1  # of the requests, for a canary of which nothing else is said
 
 
 @app.command()
@@ -146,12 +158,22 @@ def promote(
     force: Annotated[
         bool, typer.Option("--force", help="Although its gate fails; that goes on record.")
     ] = False,
+    share: Annotated[
+        float | None,
+        typer.Option("--share", min=0.0, max=1.0, help="With --serve: the canary's share of the requests."),
+    ] = None,
+    serve: ServeOption = None,
     by: ByOption = None,
     registry: RegistryOption = None,
 ) -> None:
     """Make a version the champion, if it passes the gate of its recipe."""
-    from accord.registry.registry import CANARY, CHAMPION
+    from accord.registry.records import CANARY, CHAMPION
 
+    if share is not None and not (canary and serve):
+        raise ConfigError("--share is that of a canary that serves: give --canary and --serve FILE too")
+    if serve is not None:
+        options = ["--share", str(_SHARE if share is None else share)] if canary else []
+        _move(["promote", model, *options, *(["--force"] if force else [])], serve, why, by, registry)
     alias = CANARY if canary else CHAMPION
     version, checks = _registry(registry).promote(model, by=by or _user(), why=why, alias=alias, force=force)
     for check in checks:
@@ -167,12 +189,24 @@ def rollback(
     canary: Annotated[
         bool, typer.Option("--canary", help="Take the canary out; the champion stays.")
     ] = False,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", help="With --serve: another alias that is served, such as a base model, never registered."
+        ),
+    ] = None,
+    serve: ServeOption = None,
     by: ByOption = None,
     registry: RegistryOption = None,
 ) -> None:
     """Return to the last good champion, or take the canary out."""
-    from accord.registry.registry import CANARY, CHAMPION
+    from accord.registry.records import CANARY, CHAMPION
 
+    if to is not None and (canary or serve is None):
+        raise ConfigError("--to names what is to serve in the champion's place: give --serve FILE too")
+    if serve is not None:
+        options = ["--canary"] if canary else ["--to", to] if to else []
+        _move(["rollback", name, *options], serve, why, by, registry)
     alias = CANARY if canary else CHAMPION
     version = _registry(registry).rollback(name, by=by or _user(), why=why, alias=alias)
     moved = f"{version} is {alias} again" if version else f"{name} has no canary any more"
@@ -273,6 +307,15 @@ def _affected(rater: str, runs: list[Path], served: dict[str, str]) -> None:
             typer.echo(f"not known: {path}: {why}")
         if not found.affected:
             typer.echo(f"{rater!r} judged nothing that went into an artifact below {root}.")
+
+
+def _move(command: list[str], serve: Path, why: str, by: str | None, registry: str | None) -> NoReturn:
+    """Becomes the process that may speak gRPC and ask Serve or Kubernetes."""
+    options = ["--serve", str(serve), "--why", why, "--by", by or _user()]
+    options += ["--registry", registry] if registry else []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "services.rollout.move", *command, *options])
 
 
 def _registry(uri: str | None) -> Registry:

@@ -5,7 +5,8 @@ registered:
 
 net_win.SPLIT, net_win.SPLIT.low   net alignment win by votes, and the lower end of its interval
 frechet_ratio, readable_ratio, diversity_ratio   aligned over base
-second_reward                      change of a reward that was not trained on; absent where there was none
+second_reward                      change of the mean of a reward that was not trained on
+latency_ratio, seconds_per_image    aligned over base, and of the aligned model
 reward_auc, reward_auc.low         of the reward model, on held-out labels of seen prompts
 """
 
@@ -52,6 +53,8 @@ def measurements(kind: str, summary: Mapping[str, Any]) -> dict[str, float]:
             ("diversity_ratio", "diversity", "MODEL", "value"),
         ):
             found[name] = _ratio(summary, path)
+        found["latency_ratio"] = _ratio(summary, ["latency", "MODEL", "seconds_per_image"])
+        found["seconds_per_image"] = _number(summary, "latency", "aligned", "seconds_per_image")
         found["second_reward"] = _number(summary, "change", "aligned", "second_reward", "value")
     return {name: value for name, value in found.items() if value is not None}
 
@@ -65,9 +68,11 @@ def check(kind: str, measured: Mapping[str, float], config: GateConfig) -> list[
         _at_most("frechet_ratio", measured, config.max_frechet_ratio),
         _at_least("readable_ratio", measured, config.min_readable_ratio),
         _at_least("diversity_ratio", measured, config.min_diversity_ratio),
+        _at_least("second_reward", measured, config.min_second_reward_change),
+        _at_most("latency_ratio", measured, config.max_latency_ratio),
     ]
-    if "second_reward" in measured:
-        checks.append(_at_least("second_reward", measured, config.min_second_reward_change))
+    if config.max_seconds_per_image is not None:
+        checks.append(_at_most("seconds_per_image", measured, config.max_seconds_per_image))
     return checks
 
 

@@ -1,8 +1,7 @@
 """Versions of models, the aliases `champion` and `canary`, and who moved them when and why.
 
 MLflow's registry holds all of it: a version's tags say what it is, a registered model's tags are the history
-of
-its aliases. The history is only ever added to.
+of its aliases. The history is only ever added to.
 """
 
 import contextlib
@@ -11,70 +10,33 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from accord.artifacts import canonical_json
-from accord.config import redact_url, validate
-from accord.errors import AccordError, ArtifactError
-from accord.registry.gate import KINDS, Check, check
-from accord.registry.runs import RunModel, manifest_at
+from accord.config import redact_url
+from accord.errors import AccordError
+from accord.registry.gate import KINDS, Check
+from accord.registry.records import (
+    ALIASES,
+    CANARY,
+    CHAMPION,
+    Event,
+    ModelVersion,
+    RegistryError,
+    champions,
+    check_request,
+    is_ours,
+    read_version,
+)
+from accord.registry.runs import RunModel
 from accord.registry.settings import GateConfig
 
-CHAMPION = "champion"
-CANARY = "canary"
-ALIASES = (CHAMPION, CANARY)
+__all__ = ["ALIASES", "CANARY", "CHAMPION", "Event", "ModelVersion", "Registry", "RegistryError"]
+
 _EVENT = "event."
 _MAX_REASON_CHARACTERS = 1000  # the tag that holds an event has room for 5,000
-
-
-class RegistryError(AccordError):
-    """The registry does not answer, does not hold what was named, or refuses what was asked."""
-
-
-@dataclass(frozen=True)
-class ModelVersion:
-    """A registered model. `measured` is what the gate looks at, `ancestors` the digests that it was made
-    from."""
-
-    name: str
-    version: int
-    kind: str
-    digest: str
-    directory: str
-    recipe: str
-    aliases: tuple[str, ...]
-    measured: dict[str, float]
-    ancestors: dict[str, str]
-    gate: GateConfig
-    code_version: str
-    registered_at: datetime.datetime
-
-    def __str__(self) -> str:
-        return f"{self.name}/{self.version}"
-
-    def checks(self) -> list[Check]:
-        """What the gate that it was registered with says of it."""
-        return check(self.kind, self.measured, self.gate)
-
-
-@dataclass(frozen=True)
-class Event:
-    """One move of an alias, or a version registered again with another gate or measurement (without alias).
-
-    `version` is where the alias points since then, None when it was taken away.
-    """
-
-    at: str
-    action: str
-    alias: str
-    version: int | None
-    previous: int | None
-    by: str
-    why: str
-    forced: bool = False
 
 
 class Registry:
@@ -164,7 +126,7 @@ class Registry:
                 token: str | None = None
                 while True:
                     page = self._client.search_model_versions(f"name='{known}'", page_token=token)
-                    found += [_version(entry, aliases.get(known, {})) for entry in page if _is_ours(entry)]
+                    found += [read_version(entry, aliases.get(known, {})) for entry in page if is_ours(entry)]
                     token = page.token
                     if not token:
                         break
@@ -199,6 +161,33 @@ class Registry:
             "RECIPE` adds a run's"
         )
 
+    def admit(
+        self, reference: str, alias: str = CHAMPION, *, force: bool = False
+    ) -> tuple[ModelVersion, list[Check]]:
+        """The version that may serve under an alias, with its gate's checks; nothing is moved.
+
+        Raises:
+            RegistryError: the gate fails, or there is no such version.
+            ArtifactError: its directory holds another model by now.
+        """
+        version = self.get(reference)
+        if alias == CANARY and CHAMPION in version.aliases:
+            raise RegistryError(f"{version} is the champion: it serves already, and cannot be a canary too")
+        checks = version.checks()
+        if not force and not all(one.passed for one in checks):
+            lines = "\n  ".join(str(one) for one in checks)
+            advice = (
+                "Train a better one; or, if you know better than the gate, --force with the reason in --why."
+                if version.measured
+                else "Nothing was measured: run `accord evaluate` and `accord report`, then register the run "
+                "again."
+            )
+            raise RegistryError(
+                f"{version} does not pass its gate, so {alias} stays where it is:\n  {lines}\n{advice}"
+            )
+        version.refuse_changed()
+        return version, checks
+
     def promote(
         self, reference: str, *, by: str, why: str, alias: str = CHAMPION, force: bool = False
     ) -> tuple[ModelVersion, list[Check]]:
@@ -211,62 +200,55 @@ class Registry:
             RegistryError: the gate fails, no reason was given, or there is no such version.
             ArtifactError: its directory holds another model by now.
         """
-        _check_request(alias, why)
-        version = self.get(reference)
-        if alias == CANARY and CHAMPION in version.aliases:
-            raise RegistryError(f"{version} is the champion: it serves already, and cannot be a canary too")
-        checks = version.checks()
-        failed = [one for one in checks if not one.passed]
-        if failed and not force:
-            lines = "\n  ".join(str(one) for one in checks)
-            advice = (
-                "Train a better one; or, if you know better than the gate, --force with the reason in --why."
-                if version.measured
-                else "Nothing was measured: run `accord evaluate` and `accord report`, then register the run "
-                "again."
-            )
-            raise RegistryError(
-                f"{version} does not pass its gate, so {alias} stays where it is:\n  {lines}\n{advice}"
-            )
-        _refuse_changed(version)
+        check_request(alias, why)
+        version, checks = self.admit(reference, alias, force=force)
         if alias not in version.aliases:
             previous = self._holder(version.name, alias)
-            self._move(
-                version.name, "promote", alias, version.version, previous, by, why, forced=bool(failed)
-            )
+            forced = not all(one.passed for one in checks)
+            self._move(version.name, "promote", alias, version.version, previous, by, why, forced=forced)
         if alias == CHAMPION and CANARY in version.aliases:
             self._move(version.name, "graduate", CANARY, None, version.version, by, why)
         return self.get(str(version)), checks
 
-    def rollback(self, name: str, *, by: str, why: str, alias: str = CHAMPION) -> ModelVersion | None:
+    def rollback(
+        self, name: str, *, by: str, why: str, alias: str = CHAMPION, to_none: bool = False
+    ) -> ModelVersion | None:
         """The champion before this one serves again; a canary is taken out, and then the result is None.
+
+        `to_none`: there is no champion of the registry any more; something that was never registered serves.
 
         Raises:
             RegistryError: there is nothing to go back to.
         """
-        _check_request(alias, why)
-        current = self._holder(name, alias)
-        if current is None:
-            raise RegistryError(
-                f"{name} has no {alias}, so there is nothing to roll back; see `accord models list`"
-            )
-        if alias == CANARY:
-            self._move(name, "rollback", alias, None, current, by, why)
+        check_request(alias, why)
+        if alias == CANARY or to_none:
+            self._move(name, "rollback", alias, None, self._present(name, alias), by, why)
             return None
+        before = self.before(name)
+        self._move(name, "rollback", alias, before.version, self._present(name, alias), by, why)
+        return self.get(str(before))
+
+    def before(self, name: str) -> ModelVersion:
+        """The last good champion before the present one.
+
+        Raises:
+            RegistryError: there is none.
+            ArtifactError: its directory holds another model by now.
+        """
+        current = self._present(name, CHAMPION)
         there = {version.version: version for version in self.versions(name)}
-        champions = self._champions(name)
+        known = champions(self.history(name))
         # What was recorded after the present champion never served: its move failed.
-        if current in champions:
-            champions = champions[: len(champions) - 1 - champions[::-1].index(current)]
-        good = [number for number in champions if number != current and number in there]
+        if current in known:
+            known = known[: len(known) - 1 - known[::-1].index(current)]
+        good = [number for number in known if number != current and number in there]
         if not good:
             raise RegistryError(
                 f"{name}/{current} is the first champion of {name}: there is none before it to go back to. "
                 "Promote another version: `accord models list` shows all"
             )
-        _refuse_changed(there[good[-1]])
-        self._move(name, "rollback", alias, good[-1], current, by, why)
-        return self.get(f"{name}/{good[-1]}")
+        there[good[-1]].refuse_changed()
+        return there[good[-1]]
 
     def history(self, name: str) -> list[Event]:
         """Every move of the model's aliases, the oldest first."""
@@ -274,18 +256,13 @@ class Registry:
             tags = next((dict(model.tags) for model in self._registered() if model.name == name), {})
         return [Event(**json.loads(value)) for key, value in sorted(tags.items()) if key.startswith(_EVENT)]
 
-    def _champions(self, name: str) -> list[int]:
-        """The champions that were not rolled back, the newest last."""
-        stack: list[int] = []
-        for event in self.history(name):
-            if event.alias != CHAMPION or event.version is None:
-                continue
-            if event.action == "rollback":
-                while stack and stack[-1] != event.version:
-                    stack.pop()
-            if not stack or stack[-1] != event.version:
-                stack.append(event.version)
-        return stack
+    def _present(self, name: str, alias: str) -> int:
+        current = self._holder(name, alias)
+        if current is None:
+            raise RegistryError(
+                f"{name} has no {alias}, so there is nothing to roll back; see `accord models list`"
+            )
+        return current
 
     def _holder(self, name: str, alias: str) -> int | None:
         return next((version.version for version in self.versions(name) if alias in version.aliases), None)
@@ -366,55 +343,3 @@ def _try_database(uri: str) -> None:
         engine.connect().close()
     finally:
         engine.dispose()
-
-
-def _check_request(alias: str, why: str) -> None:
-    if alias not in ALIASES:
-        raise RegistryError(f"the alias is {alias!r}; expected one of {', '.join(ALIASES)}")
-    if not why.strip():
-        raise RegistryError("no reason was given; say with --why what speaks for it, it goes on record")
-
-
-def _refuse_changed(version: ModelVersion) -> None:
-    """A directory that can be seen from here must hold the model that was registered."""
-    manifest = manifest_at(version.directory)
-    if manifest is not None and manifest.digest != version.digest:
-        raise ArtifactError(
-            f"{version.directory} holds another model by now (digest {manifest.digest[:12]}) than was "
-            "registered as "
-            f"{version} ({version.digest[:12]}); register the run again"
-        )
-
-
-def _is_ours(entry: Any) -> bool:
-    return "accord.digest" in entry.tags
-
-
-def _version(entry: Any, aliases: dict[str, Any]) -> ModelVersion:
-    tags: dict[str, str] = dict(entry.tags)
-    number = int(entry.version)
-    return ModelVersion(
-        name=entry.name,
-        version=number,
-        kind=tags["accord.kind"],
-        digest=tags["accord.digest"],
-        directory=tags["accord.directory"],
-        recipe=tags.get("accord.recipe", ""),
-        aliases=tuple(sorted(alias for alias, holder in aliases.items() if int(holder) == number)),
-        measured=json.loads(tags.get("accord.measured", "{}")),
-        ancestors={
-            key.removeprefix("lineage."): value
-            for key, value in sorted(tags.items())
-            if key.startswith("lineage.")
-        },
-        gate=validate(
-            GateConfig, json.loads(tags.get("accord.gate", "{}")), f"the gate of {entry.name}/{number}"
-        ),
-        code_version=tags.get("accord.code_version", ""),
-        registered_at=datetime.datetime.fromtimestamp(entry.creation_timestamp / 1000, datetime.UTC),
-    )
-
-
-def names(versions: Sequence[ModelVersion]) -> list[str]:
-    """The names of the models that these are versions of, each once."""
-    return sorted({version.name for version in versions})

@@ -28,11 +28,15 @@ class GateConfig(Config):
     min_diversity_ratio: NonNegativeFloat = 0.8
     """Mean distance between images of one prompt, aligned over base."""
     min_second_reward_change: float = 0.0
-    """Change of a reward that was not trained on; only looked at where the run measured one."""
+    """Change of the mean of a reward that was not trained on (`evaluate.second_reward`): aligned above
+    base."""
+    max_latency_ratio: PositiveFloat = 1.5
+    """Seconds an image, each model at its own guidance on the machine that evaluated, aligned over base."""
+    max_seconds_per_image: PositiveFloat | None = None
+    """Of the aligned model; null: any."""
     min_reward_auc: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """For a reward model: the lower end of the AUC's interval on held-out labels of seen prompts must be
-    above
-    this."""
+    above this."""
 
 
 class RegistryConfig(Config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from k8s.monitoring.grafana import Dashboard, Panel
 from k8s.monitoring.rules import AVAILABILITY, LATENCY, LATENCY_S
+from k8s.monitoring.training import TRAINING
 
 
 def _rate(metric: str, by: str = "", window: str = "5m") -> str:
@@ -146,128 +147,6 @@ SERVING = Dashboard(
     ],
 )
 
-TRAINING = Dashboard(
-    "training",
-    "Accord: training",
-    [
-        (
-            "Jobs",
-            [
-                Panel(
-                    "Jobs by state",
-                    [("sum by (deployment_status) (kuberay_job_deployment_status)", "{{deployment_status}}")],
-                ),
-                Panel(
-                    "Duration",
-                    [
-                        (
-                            "max by (name, job_deployment_status) (kuberay_job_execution_duration_seconds)",
-                            "{{name}} {{job_deployment_status}}",
-                        )
-                    ],
-                    "s",
-                ),
-                Panel(
-                    "Nodes",
-                    [
-                        (
-                            "count by (accord_dev_stage)"
-                            ' (ray_node_cpu_count{app_kubernetes_io_component="job"})',
-                            "{{accord_dev_stage}}",
-                        )
-                    ],
-                ),
-            ],
-        ),
-        (
-            "Work",
-            [
-                Panel(
-                    "Images generated",
-                    [
-                        (
-                            "sum by (accord_dev_stage, dataset) (deriv(ray_data_output_rows[10m]))",
-                            "{{accord_dev_stage}} {{dataset}}",
-                        )
-                    ],
-                    "rowsps",
-                ),
-                Panel(
-                    "Time blocked in reports",
-                    [
-                        (
-                            "sum by (ray_train_run_name) (ray_train_report_total_blocked_time_s)",
-                            "{{ray_train_run_name}}",
-                        )
-                    ],
-                    "s",
-                ),
-                Panel(
-                    "Time to move checkpoints",
-                    [
-                        (
-                            "sum by (ray_train_run_name) (ray_train_checkpoint_transfer_total_time_s)",
-                            "{{ray_train_run_name}}",
-                        )
-                    ],
-                    "s",
-                ),
-            ],
-        ),
-        (
-            "Machines",
-            [
-                Panel(
-                    "GPU utilisation",
-                    [
-                        (
-                            "avg by (accord_dev_stage, instance)"
-                            ' (ray_node_gpus_utilization{app_kubernetes_io_component="job"})',
-                            "{{accord_dev_stage}} {{instance}}",
-                        )
-                    ],
-                    "percent",
-                ),
-                Panel(
-                    "CPU",
-                    [
-                        (
-                            "avg by (accord_dev_stage, instance)"
-                            ' (ray_node_cpu_utilization{app_kubernetes_io_component="job"})',
-                            "{{accord_dev_stage}} {{instance}}",
-                        )
-                    ],
-                    "percent",
-                ),
-                Panel(
-                    "Memory",
-                    [
-                        (
-                            "max by (accord_dev_stage, instance)"
-                            ' (ray_node_mem_used{app_kubernetes_io_component="job"}'
-                            ' / ray_node_mem_total{app_kubernetes_io_component="job"})',
-                            "{{accord_dev_stage}} {{instance}}",
-                        )
-                    ],
-                    "percentunit",
-                ),
-                Panel(
-                    "Disk of the runs",
-                    [
-                        (
-                            "1 - min by (persistentvolumeclaim) (kubelet_volume_stats_available_bytes"
-                            '{namespace="accord"} / kubelet_volume_stats_capacity_bytes)',
-                            "{{persistentvolumeclaim}}",
-                        )
-                    ],
-                    "percentunit",
-                    bound=0.8,
-                ),
-            ],
-        ),
-    ],
-)
-
 FEEDBACK = Dashboard(
     "feedback",
     "Accord: feedback",
@@ -393,6 +272,69 @@ MODELS = Dashboard(
                     ],
                 ),
                 Panel("Verdicts on served images", [("accord:verdicts:increase1d", "1 d")]),
+            ],
+        ),
+        (
+            "Champion and canary",
+            [
+                Panel(
+                    "Requests",
+                    [
+                        (
+                            _rate("ray_accord_model_requests_total", "role, model"),
+                            "{{role}} {{model}}",
+                        )
+                    ],
+                    "reqps",
+                ),
+                Panel(
+                    "Share that failed",
+                    [
+                        (
+                            "sum by (role, model) "
+                            '(rate(ray_accord_model_requests_total{outcome="error"}[5m]))'
+                            " / sum by (role, model) (rate(ray_accord_model_requests_total[5m]))",
+                            "{{role}} {{model}}",
+                        )
+                    ],
+                    "percentunit",
+                    "A canary's are drawn by the champion: no client sees them",
+                ),
+                Panel(
+                    "Latency",
+                    [
+                        (
+                            _quantile(0.95, "ray_accord_model_request_seconds", "role, model"),
+                            "p95 {{role}} {{model}}",
+                        )
+                    ],
+                    "s",
+                ),
+                Panel(
+                    "Mean reward",
+                    [
+                        (
+                            "sum by (role) (rate(ray_accord_reward_sum[30m]))"
+                            " / sum by (role) (rate(ray_accord_reward_count[30m]))",
+                            "{{role}}",
+                        )
+                    ],
+                ),
+                Panel(
+                    "Served images sent to be rated",
+                    [(_rate("ray_accord_recorded_images_total", "outcome"), "{{outcome}}")],
+                    "ops",
+                ),
+                Panel(
+                    "The rollout",
+                    [
+                        (
+                            "time() - max(accord_rollout_last_look_timestamp_seconds)",
+                            "seconds since it looked",
+                        ),
+                        ("max(accord_rollout_champion_disagrees)", "1: not the registry's champion serves"),
+                    ],
+                ),
             ],
         ),
         (

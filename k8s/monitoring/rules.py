@@ -185,6 +185,20 @@ def model_alerts() -> list[Rule]:
             "ticket",
             "{{ $value }} tasks of {{ $labels.campaign }} were leased again and again without an answer",
         ),
+        _alert(
+            "AccordChampionNotServed",
+            "max(accord_rollout_champion_disagrees) > 0",
+            "10m",
+            "page",
+            "Another model serves than the registry's champion",
+        ),
+        _alert(
+            "AccordRolloutBlind",
+            "time() - max(accord_rollout_last_look_timestamp_seconds) > 900",
+            "5m",
+            "ticket",
+            "The rollout has not seen its canary for {{ $value | humanizeDuration }}",
+        ),
     ]
 
 

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from prometheus_client import start_http_server
 
 from accord.cli.common import errors_shown
 from accord.config import load_yaml
+from accord.errors import ConfigError
 from accord.registry.registry import Registry
 from accord.registry.rollout import Observed
 from accord.registry.settings import registry_uri
 from services.rollout.config import RolloutConfig
-from services.rollout.serving import ServeApi
+from services.rollout.metrics import RolloutMetrics
+from services.rollout.serving import open_serving
 from services.rollout.sources import Feedback, Gateway, Prometheus
 from services.rollout.watch import Rollout
 
@@ -58,6 +61,11 @@ def main(
     logging.getLogger("accord.client").setLevel(logging.WARNING)
     with errors_shown():
         settings = load_yaml(RolloutConfig, config, list(set_ or []))
+        if not settings.prometheus:
+            raise ConfigError(
+                f"{config}: prometheus is missing: where the gateway's metrics are (http://...)"
+            )
+        metrics = RolloutMetrics()
         registry = (
             Registry(registry_uri(settings.registry.url.get_secret_value() or None))
             if settings.registry
@@ -66,18 +74,31 @@ def main(
         rollout = Rollout(
             settings.policy,
             LiveSources(settings),
-            ServeApi(settings.serve),
+            open_serving(settings.serve),
             registry,
             settings.registry.model if settings.registry else "",
+            metrics=metrics,
         )
         if once:
             decision = rollout.step()
             typer.echo(f"{decision.action}: {decision.why}" if decision else "no canary is loaded")
             return
+        if settings.metrics_port:
+            _serve_metrics(settings, metrics)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         rollout.run(settings.every_s, stop)
+
+
+def _serve_metrics(settings: RolloutConfig, metrics: RolloutMetrics) -> None:
+    try:
+        start_http_server(settings.metrics_port, settings.metrics_host, metrics.registry)
+    except OSError as error:
+        raise ConfigError(
+            f"metrics_port {settings.metrics_port} on {settings.metrics_host} cannot be used: "
+            f"{error.strerror}"
+        ) from None
 
 
 def run() -> Any:

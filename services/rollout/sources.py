@@ -16,6 +16,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from accord.client import TLS, Client
 from accord.client.connection import Endpoint
 from accord.errors import AccordError
+from accord.registry.gate import DIFFUSION
 from accord.registry.rollout import Observed
 from accord.v1 import feedback_pb2, feedback_pb2_grpc
 from services.rollout.config import GrpcEndpoint
@@ -88,7 +89,16 @@ class Gateway:
 
     def digests(self) -> dict[str, str]:
         """alias -> digest of the diffusion models. Raises ClientError."""
-        return {one.alias: one.digest for one in self._client.models() if one.kind == "diffusion"}
+        return self.models(DIFFUSION)
+
+    def models(self, kind: str) -> dict[str, str]:
+        """alias -> digest of the loaded models of a kind. Raises ClientError."""
+        return {one.alias: one.digest for one in self._client.models() if one.kind == kind}
+
+    def default(self, kind: str) -> str:
+        """The alias of the default of a kind; empty while none is loaded. Raises ClientError."""
+        found = [one.alias for one in self._client.models() if one.kind == kind and one.is_default]
+        return found[0] if found else ""
 
     def close(self) -> None:
         self._client.close()

@@ -131,10 +131,15 @@ def test_the_services_read_their_configs() -> None:
     from accord.config import load_yaml, validate
     from services.config import ServeConfig
     from services.feedback.config import FeedbackServiceConfig
+    from services.rollout.config import RolloutConfig
 
     config = yaml.safe_load((FOLDER / "compose" / "serve.yaml").read_text(encoding="utf-8"))
     validate(ServeConfig, config["applications"][0]["args"], "compose/serve.yaml")
     load_yaml(FeedbackServiceConfig, FOLDER / "compose" / "feedback.yaml")
+    rollout = load_yaml(RolloutConfig, FOLDER / "compose" / "rollout.yaml")
+    assert rollout.serve.url.endswith(":8265")
+    for endpoint in (rollout.gateway, rollout.serve):  # by names that a container has as secrets
+        assert Path(endpoint.token_file).name in _load()["services"]["rollout"]["secrets"]
 
 
 def test_the_proxy_leads_to_services_ports() -> None:

@@ -32,6 +32,7 @@ def test_reads_splits_and_categories_by_name_and_sorts_scales() -> None:
         ({"test": {"raters": 5, "quorum": 7}}, "more than half"),
         ({"best_of": {"candidates": 8, "sizes": [1, 16]}}, "at most candidates"),
         ({"guidance_scales": []}, "at least one"),
+        ({"second_reward": "reward"}, "not the reward that is trained on"),
         ({"guidance_scales": [1, 1]}, "none twice"),
         ({"guidance_scale": [1]}, "did you mean 'guidance_scales'"),
         ({"choice": {"prompts": {"sen": {"count": 1}}}}, "choice.prompts"),

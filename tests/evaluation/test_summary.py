@@ -11,7 +11,7 @@ import pytest
 from accord.config import validate
 from accord.errors import AccordError
 from accord.evaluation.config import EvaluateConfig
-from accord.evaluation.summary import MEASUREMENT_COLUMNS, MODELS, build_summary, plain
+from accord.evaluation.summary import MEASUREMENT_COLUMNS, MODELS, build_summary, plain, second_reward
 
 SPLITS = ("seen", "unseen_combination", "unseen_object")
 CATEGORIES = ("count", "colour", "background", "combination")
@@ -20,7 +20,12 @@ SCALES = (1.0, 3.0, 7.5)
 ESTIMATE = {"value", "low", "high", "n"}
 CHANCE = {"base": 0.35, "control": 0.35, "aligned": 0.65}
 AT_SCALE = {1.0: 0.5, 3.0: 1.0, 7.5: 0.7}
-CONFIG = validate(EvaluateConfig, {"guidance_scales": list(SCALES), "bootstrap_resamples": 200}, "test")
+SETTINGS = {
+    "guidance_scales": list(SCALES),
+    "bootstrap_resamples": 200,
+    "second_reward": "reward_no_auxiliary",
+}
+CONFIG = validate(EvaluateConfig, SETTINGS, "test")
 
 
 def images(
@@ -133,7 +138,7 @@ def test_every_required_key_is_there(summary: dict[str, Any]) -> None:
         for split in SPLITS:
             assert {"auc", "auc_within_category", "pairwise_accuracy", "ece"} <= set(summary[score][split])
     assert len(summary["frontier"]) == len(MODELS) * len(SCALES)
-    assert set(summary["change"]["aligned"]) == {"readable", "diversity", "frechet"}
+    assert set(summary["change"]["aligned"]) == {"readable", "diversity", "frechet", "second_reward"}
     assert {"feedback", "agreement", "digests", "seconds", "protocol", "verdict"} <= set(summary)
 
 
@@ -164,6 +169,23 @@ def test_numbers_are_those_of_the_rows(summary: dict[str, Any], arguments: dict[
     assert summary["agreement"]["value"] == summary["agreement"]["kappa"] == 1.0
     assert summary["feedback"]["count"]["good"] == 0.333333
     assert summary["seconds"] == {"collect": 12.345679}
+
+
+def test_the_second_reward_is_the_one_that_was_named(
+    summary: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    frame = arguments["measurements"]
+    test = frame[frame["group"] == "test"].groupby("model")["reward_no_auxiliary"].mean()
+    change = summary["change"]["aligned"]["second_reward"]
+    assert change["value"] == pytest.approx(test["aligned"] - test["base"], abs=1e-6)
+    assert change["low"] < change["value"] < change["high"]
+    assert summary["protocol"]["second_reward"] == "reward_no_auxiliary"
+    rows = pd.DataFrame({"clip": [0.5], "reward_no_auxiliary": [0.6]})
+    assert second_reward(rows, EvaluateConfig()).tolist() == [0.5]
+    other = EvaluateConfig(second_reward="runs/other/reward")
+    with pytest.raises(AccordError, match="evaluate again"):
+        second_reward(rows, other)
+    assert second_reward(rows.assign(second_reward=0.7), other).tolist() == [0.7]
 
 
 def test_votes_are_tallied_by_question_and_split(summary: dict[str, Any]) -> None:

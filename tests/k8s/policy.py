@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from tests.k8s.manifests import Manifest, of_kind, pods, selects, where
+import yaml
+
+from tests.k8s.manifests import K8S, Manifest, of_kind, pods, selects, where
 
 Rule = Callable[[Sequence[Manifest]], Iterator[str]]
 RULES: dict[str, Rule] = {}
@@ -20,6 +22,7 @@ OPERATOR_VOLUMES = {
     "secret",
 }
 _SECRET_NAME = re.compile(r"(PASSWORD|SECRET|TOKEN|_KEY)$")
+RECIPES = K8S.parent / "recipes"
 _URL_WITH_PASSWORD = re.compile(r"\w+://[^/\s:@]+:[^/\s@$]+@")
 
 
@@ -130,7 +133,8 @@ def no_secret_is_in_clear(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 @rule
 def tokens_are_not_mounted(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """Nobody gets a Kubernetes token by default, and nobody shares the namespace's default account."""
+    """Nobody gets a Kubernetes token by default, nor the namespace's default account. Who mounts one has an
+    account whose roles name each object that it may touch."""
     for account in of_kind(manifests, "ServiceAccount"):
         if account.get("automountServiceAccountToken") is not False:
             yield f"{where(account)}: automountServiceAccountToken is not false"
@@ -140,7 +144,10 @@ def tokens_are_not_mounted(manifests: Sequence[Manifest]) -> Iterator[str]:
         if pod.spec.get("serviceAccountName", "default") == "default":
             yield f"{pod.owner}: no account of its own"
         for container in pod.containers:
-            if any("serviceaccount" in mount["mountPath"] for mount in container.get("volumeMounts", [])):
+            mounts = any(
+                "serviceaccount" in mount["mountPath"] for mount in container.get("volumeMounts", [])
+            )
+            if mounts and not _is_narrow(manifests, pod.spec.get("serviceAccountName", "default")):
                 yield f"{pod.owner} {container['name']}: mounts a Kubernetes token"
     for kind in ("Role", "ClusterRole"):
         for role in of_kind(manifests, kind):
@@ -150,6 +157,22 @@ def tokens_are_not_mounted(manifests: Sequence[Manifest]) -> Iterator[str]:
                 for key in ("verbs", "resources", "apiGroups")
             ):
                 yield f"{where(role)}: grants everything of something"
+
+
+def _is_narrow(manifests: Sequence[Manifest], account: str) -> bool:
+    """Whether an account has roles of this build, and each rule of theirs names its objects."""
+    names = {
+        binding["roleRef"]["name"]
+        for binding in of_kind(manifests, "RoleBinding")
+        if any(one["kind"] == "ServiceAccount" and one["name"] == account for one in binding["subjects"])
+    }
+    rules = [
+        rule
+        for role in of_kind(manifests, "Role")
+        if role["metadata"]["name"] in names
+        for rule in role["rules"]
+    ]
+    return bool(rules) and all(rule.get("resourceNames") for rule in rules)
 
 
 @rule
@@ -296,6 +319,27 @@ def ray_asks_for_its_token(manifests: Sequence[Manifest]) -> Iterator[str]:
                 yield f"{where(manifest)}: the head has CPUs for work"
             if head.get("serviceType", "ClusterIP") != "ClusterIP" or head.get("enableIngress"):
                 yield f"{where(manifest)}: the head can be reached from outside"
+
+
+@rule
+def jobs_and_people_share_a_store(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Where people judge (the recipe has no panel), jobs read the store that the rating page writes."""
+    settings = {m["metadata"]["name"]: m.get("data", {}) for m in of_kind(manifests, "ConfigMap")}
+    for pod in pods(manifests):
+        if pod.labels.get("app.kubernetes.io/component") != "feedback" or "accord-job" not in settings:
+            continue
+        job = settings["accord-job"]
+        urls = [one.partition("=")[2] for one in pod.containers[0]["args"] if one.startswith("url=")]
+        options = f"{job.get('ACCORD_SETTINGS', '')} {job.get('ACCORD_STORE', '')}"
+        found = re.findall(r"feedback\.url=(?:env:)?(\S+)", options)
+        theirs = job.get(found[-1], found[-1]) if found else "SQLite in the run directory"
+        ours = urls[-1] if urls else "SQLite on its own volume"
+        same = theirs.replace("+psycopg", "") == ours
+        recipe = RECIPES / job["ACCORD_RECIPE"].partition("/recipes/")[2]
+        if not same and (
+            urls or found or yaml.safe_load(recipe.read_text(encoding="utf-8")).get("panel") is None
+        ):
+            yield f"{pod.owner}: people judge into {ours}, and jobs read {theirs}"
 
 
 def _cluster(manifest: Manifest) -> dict[str, Any] | None:

@@ -58,6 +58,11 @@ def _feedback(manifests: list[Manifest]) -> dict[str, Any]:
     return spec
 
 
+def _job_settings(manifests: list[Manifest]) -> dict[str, str]:
+    data: dict[str, str] = named(manifests, "ConfigMap", "accord-job")["data"]
+    return data
+
+
 def _service(manifests: list[Manifest]) -> Manifest:
     return named(manifests, "RayService", "accord")
 
@@ -149,6 +154,23 @@ BREAKS: list[tuple[str, str, Callable[[list[Manifest]], object]]] = [
                 "rules": [{"apiGroups": [""], "resources": ["pods"], "verbs": ["*"]}],
             }
         ),
+    ),
+    (
+        "tokens_are_not_mounted",
+        "no narrow role",
+        lambda m: _feedback(m)["containers"][0]["volumeMounts"].append(
+            {"name": "tmp", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount"}
+        ),
+    ),
+    (
+        "jobs_and_people_share_a_store",
+        "people judge into SQLite",
+        lambda m: _job_settings(m).update(ACCORD_RECIPE="/app/recipes/sd15/paper.yaml"),
+    ),
+    (
+        "jobs_and_people_share_a_store",
+        "jobs read another",
+        lambda m: _job_settings(m).update(ACCORD_STORE="--set feedback.url=postgresql://db/other"),
     ),
     ("networks_are_closed", "no denial", lambda m: _drop(m, "NetworkPolicy", "default-deny")),
     ("networks_are_closed", "a pod without a policy", lambda m: _drop(m, "NetworkPolicy", "mlflow")),

@@ -68,7 +68,9 @@ def test_a_query_that_cannot_be_read_is_caught(tmp_path: Path) -> None:
 def _names(expression: str) -> set[str]:
     """Metrics and recorded series that an expression asks for."""
     without = re.sub(r'"[^"]*"|\[[^\]]*\]|\bby \([^)]*\)', "", expression)
-    return set(re.findall(r"\b(?:ray_|accord_feedback_|accord:|kuberay_|kubelet_)[\w:]+", without))
+    return set(
+        re.findall(r"\b(?:ray_|accord_feedback_|accord_rollout_|accord:|kuberay_|kubelet_)[\w:]+", without)
+    )
 
 
 ASKED = {name for _, query in QUERIES for name in _names(query)} | {
@@ -105,7 +107,8 @@ def test_monitors_name_ports_that_pods_have() -> None:
 
 
 def test_a_metric_of_ours_is_one_that_a_service_has() -> None:
-    sources = "".join(path.read_text(encoding="utf-8") for path in (K8S.parent / "services").rglob("*.py"))
+    folders = [K8S.parent / name for name in ("services", "ray_jobs")]
+    sources = "".join(path.read_text(encoding="utf-8") for one in folders for path in one.rglob("*.py"))
     for name in sorted(ASKED):
         ours = re.fullmatch(r"(?:ray_)?accord_(feedback_)?(\w+)", name)
         if ours:
@@ -173,6 +176,7 @@ GOOD = 'accord_feedback_judgements_total{kind="served", verdict="good"}'
 BAD = 'accord_feedback_judgements_total{kind="served", verdict="bad"}'
 HEALTHY = 'ray_serve_deployment_replica_healthy{deployment="Gateway", replica="r1"}'
 UP = 'up{job="feedback"}'
+LOOKED = "accord_rollout_last_look_timestamp_seconds"  # promtool's clock begins at 0
 VOLUME = 'kubelet_volume_stats_%s_bytes{namespace="accord", persistentvolumeclaim="accord-runs"}'
 JOB = '{app_kubernetes_io_component="job", accord_dev_stage="finetune"}'
 STEPS = 15 * 48  # of half an hour: a fortnight and a day
@@ -269,6 +273,10 @@ CASES = [
         labels={"campaign": "c"},
     ),
     Case("AccordTasksStuck", False, {'accord_feedback_tasks_stuck{campaign="c"}': _gauge(0)}),
+    Case("AccordChampionNotServed", True, {"accord_rollout_champion_disagrees": _gauge(1)}, 20),
+    Case("AccordChampionNotServed", False, {"accord_rollout_champion_disagrees": _gauge(0)}, 20),
+    Case("AccordRolloutBlind", True, {LOOKED: _gauge(0)}, 30),
+    Case("AccordRolloutBlind", False, {LOOKED: "0+60x90"}, 30),
     Case(
         "AccordJobStuck",
         True,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from accord.errors import ConfigError
+from accord.evaluation.plan import TEST
 from accord.recipe import RayConfig, load_recipe
-from ray_jobs import loop
+from ray_jobs import evaluate, inputs, loop, second_reward
 from tests.ray_jobs.processes import start_and_kill
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -27,6 +28,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
         "finetune",
         "evaluate",
     }
+    content.pop("latency")  # of this machine, now
     return content
 
 
@@ -77,7 +79,23 @@ def test_a_finished_loop_does_nothing_again(finished: Path) -> None:
     before, numbers = files(finished / "run"), summary(finished / "run")
     loop.run(load_recipe(finished / "recipe.yaml"), finished / "run")
     assert files(finished / "run") == before
+    timed = json.loads((finished / "run" / "latency.json").read_text())  # with Ray they are
+    assert all(timed[model]["seconds_per_image"] > 0 for model in ("base", "aligned"))
     assert summary(finished / "run") == numbers
+
+
+def test_a_second_reward_is_that_of_the_directory_that_was_named(finished: Path, clip: Path) -> None:
+    run_dir = finished / "run"
+    measured = evaluate.load_tables(run_dir)[evaluate.MEASUREMENTS]
+    rows = measured[measured["group"] == TEST].iloc[:6]
+    for directory, column in ((run_dir / "reward_no_auxiliary", "reward_no_auxiliary"), (clip, "clip")):
+        recipe = load_recipe(finished / "recipe.yaml", [f"evaluate.second_reward={directory}"])
+        assert set(second_reward.digests(recipe)) == {"second_reward"}
+        scored = second_reward.score(recipe, rows, inputs.image_folder(run_dir))
+        assert scored == pytest.approx(rows[column].tolist(), abs=1e-5)
+    with pytest.raises(ConfigError, match=r"inputs\.second_reward"):  # other measurements: another evaluation
+        evaluate.run(recipe, run_dir)
+    assert second_reward.digests(load_recipe(finished / "recipe.yaml")) == {}
 
 
 def test_a_changed_recipe_is_refused_by_its_key(finished: Path) -> None:

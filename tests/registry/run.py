@@ -18,6 +18,8 @@ GOOD = {
     "fidelity": {"base": {"frechet": 200.0}, "aligned": {"frechet": 190.0}},
     "readable": {"base": {"value": 0.9}, "aligned": {"value": 0.9}},
     "diversity": {"base": {"value": 30.0}, "aligned": {"value": 27.0}},
+    "change": {"aligned": {"second_reward": {"value": 0.02, "low": 0.01, "high": 0.03, "n": 9}}},
+    "latency": {"base": {"seconds_per_image": 0.5}, "aligned": {"seconds_per_image": 0.55}},
     "reward": {"seen": {"auc": {"value": 0.75, "low": 0.6, "high": 0.9, "n": 50}}},
 }
 

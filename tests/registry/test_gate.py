@@ -43,15 +43,19 @@ def test_a_good_model_passes() -> None:
         ("diversity/aligned/value", 23.0, "diversity_ratio"),
         ("diversity/aligned/value", float("nan"), "diversity_ratio"),
         ("change/aligned/second_reward", {"value": -0.01}, "second_reward"),
+        ("change/aligned/second_reward", {"value": None}, "second_reward"),
+        ("change", {}, "second_reward"),
+        ("latency/aligned/seconds_per_image", 0.76, "latency_ratio"),
+        ("latency", {}, "latency_ratio"),
     ],
 )
 def test_what_got_worse_or_was_not_measured_fails(path: str, value: Any, name: str) -> None:
     assert failed(changed(path, value)) == [name]
 
 
-def test_a_second_reward_counts_only_where_there_is_one() -> None:
-    assert failed(changed("change/aligned/second_reward", {"value": 0.01})) == []
-    assert failed(changed("change/aligned/second_reward", {"value": None})) == []
+def test_seconds_an_image_can_be_bounded() -> None:
+    assert failed(GOOD, max_seconds_per_image=0.56) == []
+    assert failed(GOOD, max_seconds_per_image=0.54) == ["seconds_per_image"]
 
 
 def test_a_reward_model_must_rank_better_than_chance() -> None:

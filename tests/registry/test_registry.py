@@ -127,6 +127,18 @@ def test_rollback_returns_to_the_last_good_one_and_not_to_what_was_rolled_back(
     ]
 
 
+def test_what_was_never_registered_can_serve_again(registry: Registry, tmp_path: Path) -> None:
+    one, two = add(registry, tmp_path, "one"), add(registry, tmp_path, "two")
+    registry.promote(one, **WHO)
+    assert registry.rollback(NAME, to_none=True, **WHO) is None
+    assert registry.get(one).aliases == ()
+    with pytest.raises(RegistryError, match="has no champion"):
+        registry.rollback(NAME, **WHO)
+    registry.promote(two, **WHO)
+    with pytest.raises(RegistryError, match="none before it"):  # one was found wanting
+        registry.rollback(NAME, **WHO)
+
+
 def test_rollback_never_goes_to_what_was_recorded_but_never_served(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

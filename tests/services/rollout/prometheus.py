@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -65,3 +66,10 @@ def prometheus(directory: Path, page: str, every_s: int = 1) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def answered(url: str, query: str) -> bool:
+    """Whether the Prometheus at `url` has data for a query, now."""
+    address = f"{url}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+    with urllib.request.urlopen(address, timeout=30) as response:
+        return bool(json.load(response)["data"]["result"])

@@ -37,6 +37,9 @@ def start(root: Path, directory: Path, *arguments: str, **changed: Any) -> subpr
         (("--once",), {}, "GET http://127.0.0.1:1/api/serve/applications/ failed"),
         ((), {"serve": {"url": "ray-head:8265"}}, "serve.url"),
         ((), {"policy": {"patience": 3}}, "patience"),
+        ((), {"prometheus": ""}, "prometheus is missing"),
+        ((), {"serve": {"url": "http://h:1", "rayservice": "accord"}}, "one of the two"),
+        ((), {"metrics_port": 9, "metrics_host": "198.51.100.1"}, "metrics_port 9"),
         ((), {"gateway": {"url": "x:1", "token_file": "/nowhere/token"}}, "cannot read a token"),
     ],
 )

@@ -14,11 +14,13 @@ import pytest
 from ray.serve.schema import ServeDeploySchema
 
 from accord.config import load_yaml
+from accord.registry.gate import DIFFUSION
 from accord.registry.registry import CANARY, Registry, RegistryError
 from accord.registry.rollout import Action, Observed, RolloutPolicy
 from accord.registry.runs import find_models
 from accord.registry.settings import GateConfig
 from services.rollout.config import RolloutConfig, ServeEndpoint
+from services.rollout.metrics import RolloutMetrics
 from services.rollout.serving import ServeApi, UserConfigs
 from services.rollout.sources import SourceError
 from services.rollout.watch import Rollout
@@ -171,6 +173,56 @@ def test_the_registry_moves_with_what_serves(registry: Registry) -> None:
     assert registry.get(f"{name}/2").aliases == ("champion",)
 
 
+def test_what_it_does_and_whether_the_registry_agrees_is_told(registry: Registry) -> None:
+    name, told, stop, now = "accord-diffusion", RolloutMetrics(), threading.Event(), [0.0]
+    digests = {number: registry.get(f"{name}/{number}").digest for number in (1, 2)}
+    serving = Kept()
+
+    class Once(Known):
+        """Is away at first, and looks twice then."""
+
+        looks = 0
+
+        def digests(self) -> dict[str, str]:
+            self.looks += 1
+            now[0] += 40
+            if self.looks == 1:
+                raise SourceError("the gateway is away")
+            if self.looks >= 6:
+                stop.set()
+            return self.loaded
+
+    def value(series: str, **labels: str) -> float | None:
+        return told.registry.get_sample_value(f"accord_rollout_{series}", labels)
+
+    sources = Once(BAD, base=digests[2], next="c" * 64)  # version 2 serves, 1 is champion
+    rollout = Rollout(RolloutPolicy(), sources, serving, registry, name, clock=lambda: now[0], metrics=told)
+    rollout.run(0.001, stop)
+    assert value("looks_total", outcome="failed") == 1
+    assert (value("looks_total", outcome="looked") or 0) >= 2
+    assert value("moves_total", action="take_out") == 1
+    assert value("moves_total", action="promote") == 0
+    assert value("champion_disagrees") == 1
+    assert (value("last_look_timestamp_seconds") or 0) > 1e9
+    registry.promote(f"{name}/2", by="olga", why="it serves")
+    stop.clear()
+    now[0] += 100
+    rollout.run(0.001, stop)
+    assert value("champion_disagrees") == 0
+
+
+def test_old_versions_leave_the_table_and_nothing_else_does() -> None:
+    table = {
+        "models": {"base": "/b", **{f"accord-diffusion-{n}": f"/{n}" for n in range(1, 5)}},
+        "default": "base",
+    }
+    configs = UserConfigs(table, {}).with_canary("accord-diffusion-2", 0.1)
+    configs = configs.with_default(DIFFUSION, "accord-diffusion-4")
+    left = configs.without_old(DIFFUSION, "accord-diffusion", {"accord-diffusion-3"}).table(DIFFUSION)
+    assert set(left.models) == {"base", *(f"accord-diffusion-{n}" for n in (2, 3, 4))}
+    assert configs.with_default(DIFFUSION, "accord-diffusion-2").canary is None
+
+
 class Dashboard(ThreadingHTTPServer):
     """Serve's REST API as far as the rollout uses it: it takes what Ray's own schema takes."""
 
@@ -283,9 +335,12 @@ def test_what_the_rest_api_cannot_do_is_told(dashboard: Dashboard) -> None:
         ServeApi(ServeEndpoint(url="http://127.0.0.1:1")).read()
 
 
-def test_the_documented_config_is_one(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["rollout.yaml", "manage.yaml"])
+def test_a_documented_config_is_one(root: Path, tmp_path: Path, name: str) -> None:
     text = (root / "docs" / "operate.md").read_text()
-    block = text.split("```yaml\n# rollout.yaml\n")[1].split("```")[0]
-    (tmp_path / "rollout.yaml").write_text(block)
-    config = load_yaml(RolloutConfig, tmp_path / "rollout.yaml")
+    block = text.split(f"```yaml\n# {name}\n")[1].split("```")[0]
+    (tmp_path / name).write_text(block)
+    config = load_yaml(RolloutConfig, tmp_path / name)
     assert config.policy.min_verdicts == 100
+    assert config.registry is not None
+    assert config.registry.model == "accord-diffusion"
