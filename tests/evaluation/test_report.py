@@ -94,6 +94,17 @@ def test_says_who_judged_and_how_much_they_agree(html: str) -> None:
     assert "Krippendorff" not in alone
 
 
+def test_says_how_many_labels_are_true_and_what_it_does_to_the_reward(html: str) -> None:
+    text = re.sub(r"\s+", " ", " ".join(Page(html).texts))
+    assert "Of the raters’ labels 97.8% are what raters would say who make no mistakes" in text
+    assert "the reward’s area is 0.901 (" in text
+    assert "by the true ones 0.912 (" in text
+    people = example_summary()
+    people["labels"] = {}  # of people nobody knows
+    unknown = " ".join(Page(build_report(people, example_gallery(), example_run_info())).texts)
+    assert "make no mistakes" not in unknown
+
+
 def test_what_was_served_is_put_in_replaced_and_taken_out_again(html: str) -> None:
     served = example_gallery().served
     assert served is not None
@@ -402,3 +413,13 @@ def test_the_page_is_no_wider_than_the_window(html: str, tmp_path: Path, width_p
     found = re.search(r"<title>(\d+) of (\d+)</title>", loaded)
     assert found is not None
     assert width_px - 20 <= int(found[1]) == int(found[2])  # 20: the scroll bar
+
+
+def test_the_calibration_that_was_fitted_is_told_when_it_is_known() -> None:
+    summary = {**example_summary(), "calibration": {"images": 115, "ece": 0.124, "ece_calibrated": 0.041}}
+    text = " ".join(Page(build_report(summary, example_gallery(), example_run_info())).texts)
+    assert "On the 115 judged images that learning left out" in text
+    assert "was 0.12 as it came, 0.04 once scaled" in text
+    summary["calibration"]["ece_calibrated"] = None
+    assert "was 0.12 as it came." in build_report(summary, example_gallery(), example_run_info())
+    assert "learning left out" not in build_report(example_summary(), example_gallery(), example_run_info())
