@@ -30,7 +30,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "fsdp": {"sharding": "fsdp", **SIGNED},
     # Some parts have no generated image, whose reference is the sharded network itself.
     "fsdp-lora": {"sharding": "fsdp", **LORA, **SIGNED, "gradient_accumulation": 4},
-    "fsdp-bfloat16": {"sharding": "fsdp", "precision": "bfloat16", "gradient_checkpointing": True},
+    # Frozen weights in bfloat16 beside adapters in float32.
+    "fsdp-bfloat16": {"sharding": "fsdp", **LORA, "precision": "bfloat16", "gradient_checkpointing": True},
 }
 STEPS = 2
 
