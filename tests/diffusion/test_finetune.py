@@ -57,7 +57,7 @@ def test_overfits_a_tiny_set(tiny_v_model: DiffusionModel) -> None:
 
 def test_zero_terminal_snr_trains_without_nan(tiny_v_model: DiffusionModel) -> None:
     tuner = Finetuner(tiny_v_model, make_data(tiny_v_model), config(timestep_power=1e9), seed=0)
-    batch = tuner._draw(0)
+    batch = tuner.batches.draw(0)
     assert set(batch.timesteps_B.tolist()) == {999}, "a high power draws the last timestep only"
     for _ in range(2):
         assert all(torch.isfinite(value) for value in tuner.step().values())
@@ -66,7 +66,7 @@ def test_zero_terminal_snr_trains_without_nan(tiny_v_model: DiffusionModel) -> N
 
 def test_loss_is_equation_2_of_the_batch_drawn(tiny_model: DiffusionModel) -> None:
     tuner = Finetuner(tiny_model, make_data(tiny_model), config(beta=0.25), seed=3)
-    batch = tuner._draw(0)
+    batch = tuner.batches.draw(0)
     with torch.no_grad():
         prediction = tuner.unet(
             batch.noisy_BCHW, batch.timesteps_B, encoder_hidden_states=batch.text_BTD
@@ -226,24 +226,24 @@ def test_the_model_given_is_left_alone(tiny_model: DiffusionModel) -> None:
 def test_threshold_draws_kept_images_only(tiny_model: DiffusionModel) -> None:
     data = make_data(tiny_model)  # rewards 0.1, 0.26, 0.42, 0.58, 0.74, 0.9
     tuner = Finetuner(tiny_model, data, config(weighting="threshold", threshold=0.7), seed=0)
-    assert tuner.kept_indices.tolist() == [4, 5]
-    assert tuner._draw(0).weight_B.tolist() == [1.0] * 5 + [0.0] * 3
+    assert tuner.batches.kept_indices.tolist() == [4, 5]
+    assert tuner.batches.draw(0).weight_B.tolist() == [1.0] * 5 + [0.0] * 3
     with pytest.raises(FeedbackError, match=r"highest reward 0\.900, threshold 0\.95"):
         Finetuner(tiny_model, data, config(weighting="threshold", threshold=0.95), seed=0)
 
 
 def test_condition_dropout_uses_the_empty_prompt(tiny_model: DiffusionModel) -> None:
     data = make_data(tiny_model)
-    dropped = Finetuner(tiny_model, data, config(condition_dropout=1.0), seed=0)._draw(0)
+    dropped = Finetuner(tiny_model, data, config(condition_dropout=1.0), seed=0).batches.draw(0)
     assert all(torch.equal(text, data.empty_text_TD) for text in dropped.text_BTD)
-    kept = Finetuner(tiny_model, data, config(condition_dropout=0.0), seed=0)._draw(0)
+    kept = Finetuner(tiny_model, data, config(condition_dropout=0.0), seed=0).batches.draw(0)
     assert not any(torch.equal(text, data.empty_text_TD) for text in kept.text_BTD)
 
 
 def test_pretraining_images_may_lose_their_captions_alone(tiny_model: DiffusionModel) -> None:
     data = make_data(tiny_model)
     settings = config(condition_dropout=0.0, pretraining_condition_dropout=1.0)
-    batch = Finetuner(tiny_model, data, settings, seed=0)._draw(0)
+    batch = Finetuner(tiny_model, data, settings, seed=0).batches.draw(0)
     is_empty = [torch.equal(text, data.empty_text_TD) for text in batch.text_BTD]
     assert is_empty == [False] * 5 + [True] * 3
 
@@ -253,14 +253,14 @@ def test_pretraining_images_may_be_chosen_by_their_captions_reward(tiny_model: D
     tuner = Finetuner(tiny_model, data, config(pretraining_threshold=0.6), seed=0)
     drawn = set()
     for step in range(20):
-        batch = tuner._draw(step)
+        batch = tuner.batches.draw(step)
         for text in batch.text_BTD[batch.num_model :]:
             drawn |= {row for row, known in enumerate(data.text_KTD) if torch.equal(known, text)}
     # Rewards are .1, .3, .5, .7 and .9, captions 0, 1, 2, 0 and 1: only the last two images are left.
-    assert tuner.pretraining_indices.tolist() == [3, 4]
+    assert tuner.batches.pretraining_indices.tolist() == [3, 4]
     assert drawn == {0, 1}
     everything = Finetuner(tiny_model, data, config(), seed=0)
-    assert everything.pretraining_indices.tolist() == [0, 1, 2, 3, 4]
+    assert everything.batches.pretraining_indices.tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(FeedbackError, match=r"pretraining_threshold \(0.95\).*highest of 5 is 0.900"):
         Finetuner(tiny_model, data, config(pretraining_threshold=0.95), seed=0)
 
@@ -283,7 +283,7 @@ def test_signed_objectives_go_towards_better_and_away_from_worse_images(tiny_mod
         for reward in ([1.0, 0.0], [0.0, 1.0]):
             batch = Finetuner(
                 tiny_model, replace(data, reward_N=torch.tensor(reward)), settings, seed=9
-            )._draw(0)
+            ).batches.draw(0)
             with torch.no_grad():
                 out = unet(batch.noisy_BCHW, batch.timesteps_B, encoder_hidden_states=batch.text_BTD).sample
             found.append(float((out - batch.target_BCHW).square().mean()))
@@ -295,7 +295,7 @@ def test_signed_objectives_go_towards_better_and_away_from_worse_images(tiny_mod
         ("diffusion_nft", {"advantage_clip": 1.0, "nft_strength": 0.5}),
     ):
         tuner = Finetuner(tiny_model, data, config(objective=objective, **options, **changes), seed=0)
-        assert tuner.weight_N.tolist() == [1.0, -1.0]
+        assert tuner.batches.weight_N.tolist() == [1.0, -1.0]
         for _ in range(20):
             tuner.step()
         after = losses(tuner.unet)
@@ -312,7 +312,7 @@ def test_timestep_power_draws_towards_high_noise(tiny_model: DiffusionModel) -> 
     drawn = {
         power: Finetuner(
             tiny_model, data, config(batch_size=500, pretraining_batch_size=0, timestep_power=power), seed=0
-        )._draw(0)
+        ).batches.draw(0)
         for power in (1.0, 2.0)
     }
     # E[T u] = T / 2, E[T u^(1/2)] = 2T / 3
@@ -324,8 +324,8 @@ def test_timestep_power_draws_towards_high_noise(tiny_model: DiffusionModel) -> 
 def test_control_learns_from_pretraining_images_alone(tiny_model: DiffusionModel) -> None:
     data = make_data(tiny_model)
     control = Finetuner(tiny_model, data, config(objective="pretraining_only"), seed=0)
-    assert control._draw(0).num_model == 0
-    assert len(control._draw(0).weight_B) == 3
+    assert control.batches.draw(0).num_model == 0
+    assert len(control.batches.draw(0).weight_B) == 3
     metrics = control.step()
     assert float(metrics["model_loss"]) == 0
     assert float(metrics["loss"]) == pytest.approx(float(metrics["pretraining_loss"]))
