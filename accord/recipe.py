@@ -128,9 +128,11 @@ class Recipe(Config):
     grammar: str
     """Name of a shipped grammar, or the path of a YAML file."""
     model: str
-    """Directory of the base model in diffusers' StableDiffusionPipeline format (a path or pkg://...)."""
+    """Directory of the base model in the format of diffusers' StableDiffusionPipeline or
+    StableDiffusionXLPipeline (a path or pkg://...)."""
     clip: str
-    """Directory of an open_clip model, or "open_clip:ARCHITECTURE/path/to/weights.safetensors"."""
+    """Directory of an open_clip model, "open_clip:ARCHITECTURE/path/to/weights.safetensors", or
+    "hub:OWNER/NAME" where ACCORD_ALLOW_HUB=1."""
     evaluator: ObjectSpec | None = None
     """Factory of an accord.evaluation.protocols.Evaluator; null: `evaluate` cannot run."""
     panel: ObjectSpec | None = None

@@ -21,6 +21,7 @@ __all__ = ["Conditioning", "ModelAdapter", "Pixels", "StableDiffusionAdapter", "
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 """A uint8 RGB image_HWC, or images_BHWC."""
 
+
 @runtime_checkable
 class ModelAdapter(Protocol):
     """A text-to-image model, as the engine sees it. Calls come from two threads: `decode` from one, the rest

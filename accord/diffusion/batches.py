@@ -32,9 +32,19 @@ class Batch:
     noisy_BCHW: Tensor
     target_BCHW: Tensor
     timesteps_B: Tensor
-    text_BTD: Tensor
+    conditioning: dict[str, Tensor]
+    """By name; see conditioning.py."""
     weight_B: Tensor  # weight or advantage of generated images, 0 for pre-training images
     num_model: int  # generated images, which come first
+
+    @property
+    def text_BTD(self) -> Tensor:  # noqa: N802 - named as tensors are
+        return self.conditioning["states"]
+
+    def inputs(self, rows: slice) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What a network predicts the targets of these rows from: noisy_BCHW, timesteps_B, conditioning."""
+        conditioning = {name: tensor[rows] for name, tensor in self.conditioning.items()}
+        return self.noisy_BCHW[rows], self.timesteps_B[rows], conditioning
 
 
 class Batches:
@@ -62,8 +72,8 @@ class Batches:
         check_data(model, data, self.num_model, self.num_pretraining, world_size)
         self.prediction_type = model.prediction_type
         self.alphas_cumprod_T = model.alphas_cumprod().to(self.device)
-        self.text_KTD = data.text_KTD.to(self.device, torch.float32)
-        self.empty_text_TD = data.empty_text_TD.to(self.device, torch.float32)
+        self.conditioning = {n: t.to(self.device, torch.float32) for n, t in data.conditioning().items()}
+        self.empty = {name: t.to(self.device, torch.float32) for name, t in data.empty().items()}
         self._weigh_images()
         self.pretraining_indices = _pretraining_indices(data, config)
 
@@ -109,13 +119,12 @@ class Batches:
             torch.stack([torch.randn(shape, generator=generator_for(self.seed, step, i)) for i in positions])
         )
         timesteps_B, dropped_B = self._put(timesteps[mine]), self._put(dropped[mine])
-        text_BTD = torch.where(dropped_B[:, None, None], self.empty_text_TD, self.text_KTD[text_index_B])
         alphas = self.alphas_cumprod_T
         return Batch(
             noisy_BCHW=add_noise(latents_BCHW, noise_BCHW, timesteps_B, alphas),
             target_BCHW=denoising_target(latents_BCHW, noise_BCHW, timesteps_B, alphas, self.prediction_type),
             timesteps_B=timesteps_B,
-            text_BTD=text_BTD,
+            conditioning=self._texts(text_index_B, dropped_B),
             weight_B=self._put(torch.cat([self.weight_N[model_index], torch.zeros(len(pretraining_index))])),
             num_model=len(model_index),
         )
@@ -141,6 +150,14 @@ class Batches:
                 self.kept_indices = torch.nonzero(self.weight_N > 0).flatten()
         else:
             self.weight_N = prompt_advantages(reward_N, prompt_N, config.advantage_clip)
+
+    def _texts(self, text_index_B: Tensor, dropped_B: Tensor) -> dict[str, Tensor]:
+        """What the prompts mean, or no prompt where it is dropped."""
+        texts = {}
+        for name, rows in self.conditioning.items():
+            chosen = rows[text_index_B]
+            texts[name] = torch.where(dropped_B.view(-1, *[1] * (chosen.ndim - 1)), self.empty[name], chosen)
+        return texts
 
     def _take(self, tensor: Tensor, index: Tensor) -> Tensor:
         return self._put(tensor[index.to(tensor.device, non_blocking=True)])

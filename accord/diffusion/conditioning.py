@@ -25,8 +25,8 @@ those, of several. Whoever stacks, indexes or moves them does so by name and doe
 def encode_conditioning(
     model: DiffusionModel, prompts: Sequence[str], *, negative: bool = False, batch_size: int = 64
 ) -> dict[str, Tensor]:
-    """The prompts as the model's own pipeline passes them to the UNet: states_KTD and, of SDXL, pooled_KP, one
-    row a prompt, in the given order, on the model's device. A prompt that occurs again is encoded once.
+    """The prompts as the model's own pipeline passes them to the UNet: states_KTD and, of SDXL, pooled_KP,
+    one row a prompt, in the given order, on the model's device. A prompt that occurs again is encoded once.
 
     `negative`: they are what guidance leads away from, or what training without a prompt sees; the empty one
     is then zeros in a model that asks for it (SDXL's force_zeros_for_empty_prompt). A prompt longer than the
@@ -96,9 +96,7 @@ def _encode_xl(model: DiffusionModel, prompts: list[str]) -> dict[str, Tensor]:
 def _tokens(tokenizer: Any, prompts: list[str], *, warn: bool = True) -> tuple[Tensor, Tensor]:
     """ids_KT and mask_KT, padded to the tokenizer's limit and cut there."""
     limit = tokenizer.model_max_length
-    tokens = tokenizer(
-        prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-    )
+    tokens = tokenizer(prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
     for prompt, length in zip(prompts, map(len, tokenizer(prompts).input_ids), strict=True):
         if warn and length > limit:
             logger.warning("prompt cut at %d of its %d tokens: %r", limit, length, prompt)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from accord.diffusion.conditioning import encode_conditioning
-from accord.diffusion.model import DiffusionModel
+from accord.diffusion.model import DiffusionModel, vae_batch
 from accord.errors import ImageError
 
 
@@ -43,13 +43,14 @@ def encode_images(model: DiffusionModel, images_BHWC: np.ndarray[Any, Any], batc
             f"got {images_BHWC.dtype} {shape}"
         )
     scale_C11, shift_C11 = model.latent_scaling()
+    batch_size = vae_batch(batch_size, shape[1], shape[2])
     latents = []
     for start in range(0, len(images_BHWC), batch_size):
         pixels_BHWC = torch.from_numpy(np.ascontiguousarray(images_BHWC[start : start + batch_size]))
         pixels_BCHW = pixels_BHWC.to(model.device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         mean_BCHW = model.vae.encode(pixels_BCHW.to(model.vae_dtype)).latent_dist.mean
         # device-to-host sync, once a batch
-        latents.append(((mean_BCHW.float().cpu() - shift_C11) * scale_C11))
+        latents.append((mean_BCHW.float().cpu() - shift_C11) * scale_C11)
     if not latents:
         return torch.zeros(0, model.latent_channels, shape[1] // factor, shape[2] // factor)
     return torch.cat(latents)

@@ -4,8 +4,7 @@ It knows nothing of Ray. What it needs of a distributed run are `rank`, `world_s
 that any number of workers compute the same, and a resumed run the same as an uninterrupted one, follows from
 how batches are drawn (batches.py) and losses divided (objectives.py).
 
-Shapes: B samples of one worker's part of a batch, C latent channels, H W latent height and width, T text
-tokens, D text width.
+Shapes: B samples of one worker's part of a batch, C latent channels, H W latent height and width.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from accord.artifacts import Manifest
 from accord.diffusion import checkpoint
 from accord.diffusion.batches import Batch, Batches
+from accord.diffusion.conditioning import Conditioning, unet_arguments
 from accord.diffusion.finetune_data import FinetuneData
 from accord.diffusion.model import DiffusionModel
 from accord.diffusion.objectives import batch_loss, denoising_loss, model_loss, needs_reference
@@ -56,7 +56,7 @@ class Finetuner:
         wrap: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         self.config, self.seed, self.world_size = config, seed, world_size
-        self.device = model.device
+        self.device, self.pixels_per_latent = model.device, model.vae_scale_factor
         self.batches = Batches(model, data, config, seed, rank=rank, world_size=world_size)
         self.identity = {"model": model.digest, "data": data.fingerprint()}
 
@@ -150,11 +150,11 @@ class Finetuner:
 
     def _loss(self, batch: Batch, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
         config, num_model = self.config, self.batches.num_model
-        inputs = batch.noisy_BCHW[part], batch.timesteps_B[part], batch.text_BTD[part]
-        prediction_BCHW, target_BCHW = self._predict(self.forward_unet, *inputs), batch.target_BCHW[part]
+        prediction_BCHW = self._predict(self.forward_unet, *batch.inputs(part))
+        target_BCHW = batch.target_BCHW[part]
         ours = slice(0, min(max(batch.num_model - part.start, 0), len(prediction_BCHW)))  # generated images
         weight_B = batch.weight_B[part][ours]
-        reference_BCHW = self._reference_prediction([tensor[ours] for tensor in inputs])
+        reference_BCHW = self._reference_prediction(batch, slice(part.start, part.start + ours.stop))
         loss, metrics = batch_loss(
             model_loss(config, prediction_BCHW[ours], target_BCHW[ours], reference_BCHW, weight_B),
             denoising_loss(prediction_BCHW[ours.stop :], target_BCHW[ours.stop :]),
@@ -168,15 +168,18 @@ class Finetuner:
         return loss, metrics
 
     @torch.no_grad()
-    def _reference_prediction(self, inputs: Sequence[Tensor]) -> Tensor | None:
+    def _reference_prediction(self, batch: Batch, rows: slice) -> Tensor | None:
         """What the reference model predicts from the same inputs; None where the objective asks for none."""
-        if self.reference is None or len(inputs[0]) == 0:
+        if self.reference is None or rows.start == rows.stop:
             return None
-        return self._predict(self.reference, *inputs)
+        return self._predict(self.reference, *batch.inputs(rows))
 
-    def _predict(self, unet: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, text_BTD: Tensor) -> Tensor:
+    def _predict(
+        self, unet: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        arguments = unet_arguments(conditioning, noisy_BCHW, self.pixels_per_latent)
         with autocast(self.device, self.config.precision):
-            prediction: Tensor = unet(noisy_BCHW, timesteps_B, encoder_hidden_states=text_BTD).sample
+            prediction: Tensor = unet(noisy_BCHW, timesteps_B, **arguments).sample
         return prediction.float()
 
     def _over_workers(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """What fine-tuning learns from, encoded once (encode.py), and the checks that say early what would fail late.
 
 Shapes: N generated images, M pre-training images, C latent channels, H W latent height and width, K prompts,
-T text tokens, D text width.
+T text tokens, D text width, P width of the pooled text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,18 @@ class FinetuneData:
     pretraining_text_index_M: Tensor
     pretraining_reward_M: Tensor  # of each image for its caption; read only if a threshold asks for it
     text_KTD: Tensor
-    empty_text_TD: Tensor  # of the empty prompt, for condition dropout
+    empty_text_TD: Tensor  # of the empty prompt, for condition dropout: what guidance leads away from
+    pooled_KP: Tensor | None = None  # of SDXL only, as the next
+    empty_pooled_P: Tensor | None = None
+
+    def conditioning(self) -> dict[str, Tensor]:
+        """What the prompts mean, by name (conditioning.py), one row a prompt."""
+        return {"states": self.text_KTD} | ({} if self.pooled_KP is None else {"pooled": self.pooled_KP})
+
+    def empty(self) -> dict[str, Tensor]:
+        """The same of no prompt, without a dimension of prompts."""
+        pooled = {} if self.empty_pooled_P is None else {"pooled": self.empty_pooled_P}
+        return {"states": self.empty_text_TD} | pooled
 
     def fingerprint(self) -> str:
         """A digest of rewards, captions and sizes (not of the latents, which may be many gigabytes)."""
@@ -80,6 +91,10 @@ def check_data(
             raise ConfigError(
                 f"each {name} image needs a text_index into the {len(data.text_KTD)} encoded prompts"
             )
+    _check_conditioning(model, data)
+
+
+def _check_conditioning(model: DiffusionModel, data: FinetuneData) -> None:
     width: Any = model.unet.config.cross_attention_dim
     if (
         data.text_KTD.ndim != 3
@@ -89,4 +104,19 @@ def check_data(
         raise ConfigError(
             f"text states are {tuple(data.text_KTD.shape)}, of the empty prompt "
             f"{tuple(data.empty_text_TD.shape)}; expected [K, T, {width}] and [T, {width}]"
+        )
+    pooled_KP, empty_P = data.pooled_KP, data.empty_pooled_P
+    if not model.is_xl:
+        if pooled_KP is not None or empty_P is not None:
+            raise ConfigError(
+                "there are pooled texts, which only SDXL takes: encode the prompts with this model"
+            )
+        return
+    pooled = model.text_encoder_2.config.projection_dim
+    expected = (len(data.text_KTD), pooled)
+    if pooled_KP is None or empty_P is None or pooled_KP.shape != expected or empty_P.shape != (pooled,):
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (pooled_KP, empty_P)]
+        raise ConfigError(
+            f"SDXL needs pooled texts [{expected[0]}, {pooled}], and [{pooled}] of the empty prompt; "
+            f"got {shapes}"
         )

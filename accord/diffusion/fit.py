@@ -1,4 +1,4 @@
-"""Whether the parts of a model fit each other: said when it is loaded, not as a shape error at the first step."""
+"""Whether the parts of a model fit each other: said when it is loaded, and not by the first step."""
 
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ def check_index(index: Mapping[str, Any], file: Path) -> None:
         raise ArtifactError(f"{file}: expected a {' or a '.join(PIPELINES)}; found {pipeline!r}")
     named = {name: index.get(name) for name in expected}
     missing = [
-        name for name, entry in named.items() if not isinstance(entry, list) or len(entry) != 2 or None in entry
+        name
+        for name, entry in named.items()
+        if not isinstance(entry, list) or len(entry) != 2 or None in entry
     ]
     if missing:
         raise ArtifactError(
-            f"{file}: expected a {pipeline} with {', '.join(expected)}; found one without {', '.join(missing)}"
+            f"{file}: expected a {pipeline} with {', '.join(expected)}; found one without "
+            f"{', '.join(missing)}"
         )
     for name, class_name in expected.items():
         found = str(index[name][1])
@@ -73,8 +76,8 @@ def _unet_problems(model: DiffusionModel) -> Iterator[str]:
         expected = _XL_SIZES * unet.addition_time_embed_dim + pooled
         if unet.projection_class_embeddings_input_dim != expected:
             yield (
-                f"the UNet's added conditions are {unet.projection_class_embeddings_input_dim} wide, but sizes "
-                f"and pooled text make {expected} (a refiner is not supported)"
+                f"the UNet's added conditions are {unet.projection_class_embeddings_input_dim} wide, but "
+                f"sizes and pooled text make {expected} (a refiner is not supported)"
             )
     for key in ("time_cond_proj_dim", "class_embed_type", "encoder_hid_dim_type"):
         if unet.get(key) is not None:

@@ -1,5 +1,5 @@
-"""A latent diffusion model as one object: any directory in the format of diffusers' StableDiffusionPipeline or
-StableDiffusionXLPipeline."""
+"""A latent diffusion model as one object: any directory in the format of diffusers' StableDiffusionPipeline
+or StableDiffusionXLPipeline."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ from accord.diffusion.fit import check_index, check_parts
 from accord.errors import ArtifactError
 
 KIND = "diffusion_model"
+VAE_PIXELS = 2**20
+"""That the VAE works on at once: four images of 512 x 512. It holds three kilobytes for each, many times
+what the UNet needs, and more images at once are no faster."""
 ORIGIN_KEYS = frozenset({"_name_or_path", "name_or_path", "is_local", "local_files_only"})
 
 
@@ -134,6 +137,11 @@ class DiffusionModel:
         return self
 
 
+def vae_batch(wanted: int, height: int, width: int) -> int:
+    """How many images of this size the VAE is given at once: at most `wanted`, at least one."""
+    return max(1, min(wanted, VAE_PIXELS // (height * width)))
+
+
 def load_diffusion_model(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> DiffusionModel:
@@ -157,8 +165,9 @@ def load_diffusion_model(
     try:
         parts = _load_parts(directory, index, scheduler_class, dtype)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).partition("If you want to instead")[0]  # the library's advice is to make them up
         raise ArtifactError(
-            f"{directory}: could not be loaded as a {index['_class_name']} with safetensors weights: {error}"
+            f"{directory}: could not be loaded as a {index['_class_name']} with safetensors weights: {reason}"
         ) from error
     model = DiffusionModel(directory=str(directory), digest=digest, **parts)
     check_parts(model, directory)
@@ -285,8 +294,8 @@ def _digest(directory: Path) -> str:
 
 
 def _load_network(network_class: Any, directory: Path, **dtype: torch.dtype) -> Any:
-    """from_pretrained, but a tensor that is missing, of another shape or unknown is an error: the library would
-    make up the first, and leave out the last."""
+    """from_pretrained, but a tensor that is missing, of another shape or unknown is an error: the library
+    would make up the first, and leave out the last."""
     network, info = network_class.from_pretrained(
         directory, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype
     )

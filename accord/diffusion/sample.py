@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from accord.diffusion.conditioning import encode_conditioning, unet_arguments
-from accord.diffusion.model import DiffusionModel
+from accord.diffusion.model import DiffusionModel, vae_batch
 from accord.diffusion.settings import Precision, SamplerConfig
 from accord.errors import ConfigError
 
@@ -30,6 +30,7 @@ __all__ = [
     "sample_images",
     "sample_latents",
     "seeded_generators",
+    "vae_batch",
 ]
 
 
@@ -125,8 +126,11 @@ def sample_latents(
 
 @torch.no_grad()
 def decode_latents(model: DiffusionModel, latents_BCHW: Tensor, batch_size: int = 32) -> np.ndarray[Any, Any]:
-    """Latents (as sampled, so times the scaling factor) to uint8 images_BHWC."""
+    """Latents (as sampled, so times the scaling factor) to uint8 images_BHWC; as many at once as memory and
+    `batch_size` allow."""
     scale_C11, shift_C11 = (part.to(latents_BCHW.device) for part in model.latent_scaling())
+    factor = model.vae_scale_factor
+    batch_size = vae_batch(batch_size, latents_BCHW.shape[2] * factor, latents_BCHW.shape[3] * factor)
     images = []
     for start in range(0, len(latents_BCHW), batch_size):
         part_BCHW = latents_BCHW[start : start + batch_size]
