@@ -163,6 +163,8 @@ class Batches:
         return self._put(tensor[index.to(tensor.device, non_blocking=True)])
 
     def _put(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()  # a copy from other memory may wait for the device
         return tensor.to(self.device, non_blocking=True)
 
 

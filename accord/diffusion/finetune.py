@@ -19,10 +19,11 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from accord.artifacts import Manifest
-from accord.diffusion import checkpoint
+from accord.diffusion import checkpoint, sharding
 from accord.diffusion.batches import Batch, Batches
 from accord.diffusion.conditioning import Conditioning, unet_arguments
 from accord.diffusion.finetune_data import FinetuneData
@@ -30,16 +31,20 @@ from accord.diffusion.model import DiffusionModel
 from accord.diffusion.objectives import batch_loss, denoising_loss, model_loss, needs_reference
 from accord.diffusion.sample import autocast
 from accord.diffusion.settings import FinetuneConfig
+from accord.diffusion.trainable import make_trainable, put_weights, without_adapters
+from accord.errors import ConfigError
 from accord.training import scheduled_rate
 
 __all__ = ["FinetuneConfig", "FinetuneData", "Finetuner"]
 
 
 class Finetuner:
-    """Trains a copy of `model`'s UNet; everything else of it, and `model` itself, stay as they are.
+    """Trains a copy of `model`'s UNet, or adapters in it (trainable.py); everything else of it, and `model`
+    itself, stay as they are.
 
-    `wrap` makes the UNet distributed (DistributedDataParallel, which averages gradients over the workers).
-    The wrapped module must share its parameters with the UNet that it is given.
+    `wrap` makes the UNet distributed: DistributedDataParallel, or sharding.shard, both of which average
+    gradients over the workers. The wrapped module must name its parameters as the UNet that it is given does,
+    which must hold them too.
 
     Raises FeedbackError when there is nothing to learn from, ConfigError for data or workers that do not fit.
     """
@@ -55,15 +60,25 @@ class Finetuner:
         world_size: int = 1,
         wrap: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
-        self.config, self.seed, self.world_size = config, seed, world_size
+        self.config, self.seed = config, seed
+        self.rank, self.world_size = rank, world_size
         self.device, self.pixels_per_latent = model.device, model.vae_scale_factor
         self.batches = Batches(model, data, config, seed, rank=rank, world_size=world_size)
         self.identity = {"model": model.digest, "data": data.fingerprint()}
 
-        self.reference: nn.Module | None = model.unet if needs_reference(config) else None  # frozen
-        self.unet: nn.Module = copy.deepcopy(model.unet).float().train().requires_grad_(True)
+        self.unet = make_trainable(model.unet, config, seed)
         self.forward_unet = wrap(self.unet) if wrap else self.unet
-        self.parameters = list(self.unet.parameters())
+        trained = [(name, p) for name, p in self.unet.named_parameters() if p.requires_grad]
+        self.names, self.parameters = [name for name, _ in trained], [parameter for _, parameter in trained]
+        # The frozen reference model: a network of its own, or that with adapters without them.
+        self.reference: nn.Module | None = None
+        if needs_reference(config):
+            self.reference = model.unet if config.parameters == "full" else self.unet
+        if self.is_sharded and (self.batches.num_model + self.batches.num_pretraining) % world_size:
+            raise ConfigError(
+                f"sharding fsdp needs batches that {world_size} workers share evenly: batch_size + "
+                f"pretraining_batch_size is {self.batches.num_model} + {self.batches.num_pretraining}"
+            )
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay > 0 else []
         # average <- decay * average + (1 - decay) * weights
         self._average_in: Callable[..., None] = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
@@ -75,6 +90,10 @@ class Finetuner:
             fused=self.device.type == "cuda",
         )
         self.step_index = 0
+
+    @property
+    def is_sharded(self) -> bool:
+        return any(isinstance(parameter, DTensor) for parameter in self.parameters[:1])
 
     def step(self) -> dict[str, Tensor]:
         """One optimiser step. Returns scalar tensors that stay on the device: a caller that reads them waits
@@ -120,25 +139,47 @@ class Finetuner:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
         if self.average:
-            self._average_in(self.average, self.parameters, None)
+            self._average_in(sharding.local(self.average), sharding.local(self.parameters), None)
         self.step_index += 1
-        return {"grad_norm": norm.detach(), "learning_rate": torch.full((), rate, device=self.device)}
+        return {
+            "grad_norm": sharding.gathered(norm.detach()),
+            "learning_rate": torch.full((), rate, device=self.device),
+        }
 
-    def averaged_unet(self) -> nn.Module:
-        """A frozen copy of the UNet with the averaged weights (the current ones when ema_decay is 0)."""
-        unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
-        with torch.no_grad():
-            for parameter, average in zip(unet.parameters(), self.average or self.parameters, strict=True):
-                parameter.copy_(average)
+    def averaged_unet(self, base: nn.Module | None = None) -> nn.Module:
+        """A frozen float32 copy of the UNet with the averaged weights (the current ones when ema_decay is 0).
+
+        Where adapters are trained it is a copy of `base`, the reference model's UNet, with them merged.
+        Raises ConfigError without it, and where weights are sharded: then use checkpoint.put_trained.
+        """
+        source = base if self.config.parameters == "lora" else self.unet
+        if source is None or self.is_sharded:
+            raise ConfigError(
+                "averaged_unet needs the whole network: give the reference model's UNet as `base` where "
+                "adapters are trained, and use checkpoint.put_trained where weights are sharded"
+            )
+        unet = copy.deepcopy(source).float().eval()
+        put_weights(unet, dict(zip(self.names, self.average or self.parameters, strict=True)), self.config)
         return unet
 
+    def snapshot(self, *, copy: bool = True) -> checkpoint.Snapshot | None:
+        """The state as it is now, whose `write(directory)` may take its time while training goes on (with
+        `copy`: in memory of its own). None on all workers but the first; where weights are sharded, all must
+        call it."""
+        return checkpoint.snapshot(self, copy=copy)
+
     def save(self, directory: str | Path) -> Manifest:
-        """Weights, average, optimiser state and step: all or nothing. Call it on one worker; all hold the
-        same.
+        """Weights, average, optimiser state and step: all or nothing. Call it on the first worker; where
+        weights are sharded use `snapshot`.
 
         Raises StorageError for a full disk.
         """
-        return checkpoint.save(self, directory)
+        taken = None if self.is_sharded else self.snapshot(copy=False)
+        if taken is None:
+            raise ConfigError(
+                "save works on the first worker, with whole weights; call snapshot on all workers"
+            )
+        return taken.write(directory)
 
     def load(self, directory: str | Path) -> None:
         """Goes on from a checkpoint, exactly as if never interrupted, with any number of workers.
@@ -154,9 +195,15 @@ class Finetuner:
         target_BCHW = batch.target_BCHW[part]
         ours = slice(0, min(max(batch.num_model - part.start, 0), len(prediction_BCHW)))  # generated images
         weight_B = batch.weight_B[part][ours]
-        reference_BCHW = self._reference_prediction(batch, slice(part.start, part.start + ours.stop))
+        model_loss_B = model_loss(
+            config,
+            prediction_BCHW[ours],
+            target_BCHW[ours],
+            self._reference_prediction(batch, part.start, ours.stop),
+            weight_B,
+        )
         loss, metrics = batch_loss(
-            model_loss(config, prediction_BCHW[ours], target_BCHW[ours], reference_BCHW, weight_B),
+            model_loss_B,
             denoising_loss(prediction_BCHW[ours.stop :], target_BCHW[ours.stop :]),
             config.beta,
             num_model,
@@ -168,11 +215,15 @@ class Finetuner:
         return loss, metrics
 
     @torch.no_grad()
-    def _reference_prediction(self, batch: Batch, rows: slice) -> Tensor | None:
-        """What the reference model predicts from the same inputs; None where the objective asks for none."""
-        if self.reference is None or rows.start == rows.stop:
+    def _reference_prediction(self, batch: Batch, start: int, count: int) -> Tensor | None:
+        """What the reference model predicts for `count` images from `start` on; None where
+        the objective asks for none, or count is 0."""
+        # Workers that share a network must run it equally often.
+        least = max(count, 1) if self.is_sharded else count
+        if self.reference is None or least == 0:
             return None
-        return self._predict(self.reference, *batch.inputs(rows))
+        with without_adapters(self.unet) if self.reference is self.unet else contextlib.nullcontext():
+            return self._predict(self.reference, *batch.inputs(slice(start, start + least)))[:count]
 
     def _predict(
         self, unet: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning
