@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from accord.artifacts import write_file
 from accord.config import load_object
+from accord.cpu import use_cpu
 from accord.errors import AccordError
 from ray_jobs import checkpoints, cluster
 from ray_jobs.checkpoints import BackgroundWriter, Learner
@@ -94,7 +95,7 @@ def _train_here(training: Training, directory: Path, config: RayConfig) -> Path:
     """One training in this process, from its newest checkpoint; the path of the final one."""
     import torch
 
-    torch.set_num_threads(config.threads_per_worker)
+    use_cpu(config.threads_per_worker)
     build: Build = load_object(training.build)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     learner = build(rank=0, world_size=1, wrap=None, device=device, **training.arguments)
@@ -194,9 +195,8 @@ def _worker(settings: dict[str, Any]) -> Any:  # Ray hands on what rank 0 return
     import ray.train
     import ray.train.collective
     import ray.train.torch
-    import torch
 
-    torch.set_num_threads(settings["threads"])
+    use_cpu(settings["threads"])
     training, directory = settings["training"], Path(settings["directory"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
