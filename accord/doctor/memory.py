@@ -177,7 +177,7 @@ def finetune(
     if needs_reference(config):
         flops += passes * training.cost.flops // 3
     worst = max(step, building, key=lambda parts: sum(parts.values()))
-    return Need({name: size for name, size in worst.items() if size or name != "average"}, flops)
+    return Need({name: size for name, size in worst.items() if size}, flops)
 
 
 def serve(
