@@ -27,7 +27,15 @@ from accord.diffusion import checkpoint
 from accord.diffusion.batches import Batch, Batches
 from accord.diffusion.finetune_data import FinetuneData
 from accord.diffusion.model import DiffusionModel
-from accord.diffusion.objectives import batch_loss, denoising_loss, model_loss, needs_reference
+from accord.diffusion.objectives import (
+    batch_loss,
+    denoising_loss,
+    implicit_reward,
+    kto_reference_point,
+    model_loss,
+    needs_reference,
+    preference_loss,
+)
 from accord.diffusion.sample import autocast
 from accord.diffusion.settings import FinetuneConfig
 from accord.training import scheduled_rate
@@ -93,14 +101,16 @@ class Finetuner:
         batch = self.batches.draw(self.step_index)
         count = len(batch.timesteps_B)
         size = math.ceil(count / self.config.gradient_accumulation)
+        size += size % self.batches.per_unit  # no pair is split
         parts = [slice(start, start + size) for start in range(0, count, size)]
+        reference_point = self._reference_point(batch, parts)
         totals: dict[str, Tensor] = {}
         for number, part in enumerate(parts, start=1):
             with contextlib.ExitStack() as stack:
                 if number < len(parts):  # workers exchange gradients once a step
                     no_sync: Any = getattr(self.forward_unet, "no_sync", contextlib.nullcontext)
                     stack.enter_context(no_sync())
-                loss, metrics = self._loss(batch, part)
+                loss, metrics = self._loss(batch, part, reference_point)
                 (loss * self.world_size).backward()  # type: ignore[no-untyped-call]
             totals = {name: value + totals[name] if totals else value for name, value in metrics.items()}
         return self._over_workers(totals)
@@ -148,15 +158,25 @@ class Finetuner:
         """
         checkpoint.load(self, directory)
 
-    def _loss(self, batch: Batch, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, batch: Batch, part: slice, reference_point: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         config, num_model = self.config, self.batches.num_model
         inputs = batch.noisy_BCHW[part], batch.timesteps_B[part], batch.text_BTD[part]
         prediction_BCHW, target_BCHW = self._predict(self.forward_unet, *inputs), batch.target_BCHW[part]
         ours = slice(0, min(max(batch.num_model - part.start, 0), len(prediction_BCHW)))  # generated images
         weight_B = batch.weight_B[part][ours]
         reference_BCHW = self._reference_prediction([tensor[ours] for tensor in inputs])
+        more: dict[str, Tensor] = {}
+        if config.is_preference:
+            reward_B = _implicit_rewards(prediction_BCHW[ours], target_BCHW[ours], reference_BCHW)
+            if reference_point is None:
+                reference_point = self._point_of(reward_B.detach().sum())
+            loss_B, more = preference_loss(config, reward_B, weight_B, reference_point)
+        else:
+            loss_B = model_loss(config, prediction_BCHW[ours], target_BCHW[ours], reference_BCHW, weight_B)
         loss, metrics = batch_loss(
-            model_loss(config, prediction_BCHW[ours], target_BCHW[ours], reference_BCHW, weight_B),
+            loss_B,
             denoising_loss(prediction_BCHW[ours.stop :], target_BCHW[ours.stop :]),
             config.beta,
             num_model,
@@ -165,7 +185,32 @@ class Finetuner:
         unweighted_B = denoising_loss(prediction_BCHW[ours].detach(), target_BCHW[ours])
         metrics["model_loss_unweighted"] = unweighted_B.sum() / max(num_model, 1)
         metrics["weight_mean"] = weight_B.sum() / max(num_model, 1)
+        metrics |= {name: value / max(num_model, 1) for name, value in more.items()}
         return loss, metrics
+
+    @torch.no_grad()
+    def _reference_point(self, batch: Batch, parts: Sequence[slice]) -> Tensor | None:
+        """Q of diffusion_kto is the whole batch's: so it takes a pass of its own before the first gradient.
+        None where a single part's own pass will do (see _loss), and for any other objective.
+        """
+        if self.config.objective != "diffusion_kto" or len(parts) == 1:
+            return None
+        total = torch.zeros((), device=self.device)
+        for part in parts:
+            ours = slice(part.start, min(part.stop, batch.num_model))
+            inputs = batch.noisy_BCHW[ours], batch.timesteps_B[ours], batch.text_BTD[ours]
+            reference_BCHW = self._reference_prediction(inputs)
+            if reference_BCHW is not None:
+                prediction_BCHW = self._predict(self.forward_unet, *inputs)
+                total += implicit_reward(prediction_BCHW, batch.target_BCHW[ours], reference_BCHW).sum()
+        return self._point_of(total)
+
+    def _point_of(self, reward_sum: Tensor) -> Tensor | None:
+        """Q of diffusion_kto from this worker's sum of implicit rewards; None for any other objective."""
+        if self.config.objective != "diffusion_kto":
+            return None
+        total = self._over_workers({"reward": reward_sum})["reward"]
+        return kto_reference_point(total, self.batches.num_model)
 
     @torch.no_grad()
     def _reference_prediction(self, inputs: Sequence[Tensor]) -> Tensor | None:
@@ -185,3 +230,10 @@ class Finetuner:
         stacked = torch.stack(list(metrics.values()))
         torch.distributed.all_reduce(stacked)
         return dict(zip(metrics, stacked.unbind(), strict=True))
+
+
+def _implicit_rewards(prediction_BCHW: Tensor, target_BCHW: Tensor, reference_BCHW: Tensor | None) -> Tensor:
+    """As implicit_reward; there is no reference prediction where there is no image."""
+    if reference_BCHW is None:
+        return prediction_BCHW.new_zeros(0)
+    return implicit_reward(prediction_BCHW, target_BCHW, reference_BCHW)
