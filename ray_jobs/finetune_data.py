@@ -7,7 +7,7 @@ made from, so that several runs on the same images make them once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,16 @@ _BATCH = 64
 
 
 def prepare_data(
-    recipe: Recipe, model_directory: str, run_dir: Path, scored: pd.DataFrame, path: Path
+    recipe: Recipe,
+    model_directory: str,
+    run_dir: Path,
+    scored: pd.DataFrame,
+    path: Path,
+    more: Mapping[str, torch.Tensor],
 ) -> None:
     """All images as latents and all prompts as text states (safetensors).
 
-    `scored`: columns image (digest), prompt and reward.
+    `scored`: columns image (digest), prompt and reward. `more`: further fields of FinetuneData, as they are.
     """
     from accord.diffusion.encode import encode_prompts
     from accord.diffusion.model import load_diffusion_model
@@ -51,6 +56,7 @@ def prepare_data(
         "pretraining_reward_M": _caption_rewards(recipe, run_dir, files, captions),
         "text_KTD": text_KTD[:-1],
         "empty_text_TD": text_KTD[-1],
+        **more,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, tensors)

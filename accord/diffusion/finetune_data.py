@@ -55,8 +55,8 @@ def check_data(
 ) -> None:
     """Says early and plainly what would fail late and darkly.
 
-    `num_model` and `num_pretraining` are the images (or pairs) of a batch, over all workers. Raises FeedbackError
-    when there is nothing to learn from, ConfigError for data or workers that do not fit.
+    `num_model` and `num_pretraining` are the images (or pairs) of a batch over all workers. Raises
+    FeedbackError when there is nothing to learn from, ConfigError for data or workers that do not fit.
     """
     if num_model and len(data.latents_NCHW) == 0:
         raise FeedbackError("fine-tuning has no generated images: collect and score some first")

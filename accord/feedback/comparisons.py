@@ -25,7 +25,7 @@ _LEASE_S = 600.0  # imported tasks are never leased; the column wants a value
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Compared:
-    """What a rater said of two sets of images (digests) of a prompt: "first" is better, "second", or "tie"."""
+    """What a rater said of two sets of images (digests) of a prompt: which is better, if not a "tie"."""
 
     prompt: str
     category: str
