@@ -5,7 +5,6 @@ alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
     if judged is not None:
         further["aligned"]["preferences"] = judged.note
     stages = {
-        name: Stage(name, KIND, config.model_dump(mode="json") | further[name], recipe.seed, digests)
+        name: Stage(name, KIND, config.decisive() | further[name], recipe.seed, digests)
         for name, config in configs.items()
         if name == "aligned" or has_control(recipe)
     }
@@ -162,10 +161,13 @@ def build_learner(
     """A Finetuner on a worker."""
     from accord.diffusion.finetune import FinetuneData, Finetuner
     from accord.diffusion.model import load_diffusion_model
+    from accord.diffusion.sharding import shard
 
     loaded = FinetuneData(**load_tensors(data))
     settings = FinetuneConfig(**config)
     base = load_diffusion_model(model, device=device)
+    if wrap is not None and settings.sharding == "fsdp":
+        wrap = shard
     return Finetuner(base, loaded, settings, seed, rank=rank, world_size=world_size, wrap=wrap)
 
 
@@ -213,13 +215,14 @@ def _save(
     digests: Mapping[str, str],
     config: Mapping[str, Any],
 ) -> None:
-    """The model that was trained, with the averaged UNet of its finished training."""
+    """The model that was trained, with the averaged UNet of its finished training; whole, also where adapters
+    were trained."""
+    from accord.diffusion.checkpoint import put_trained
     from accord.diffusion.model import load_diffusion_model, save_diffusion_model
 
-    arguments = dict(training.arguments)
-    learner = build_learner(rank=0, world_size=1, wrap=None, device=torch.device("cpu"), **arguments)
-    learner.load(checkpoint)
-    model = replace(load_diffusion_model(arguments["model"]), unet=learner.averaged_unet())
+    arguments = training.arguments
+    model = load_diffusion_model(arguments["model"])
+    put_trained(model.unet, checkpoint, model.digest, FinetuneConfig(**arguments["config"]))
     save_diffusion_model(model, directory, inputs=digests, config=config, seed=arguments["seed"])
 
 

@@ -72,6 +72,12 @@ class Batches:
         self._weigh_images()
         self.pretraining_indices = _pretraining_indices(data, config)
 
+    @property
+    def are_shared_evenly(self) -> bool:
+        """Whether every worker has as many images in every step, of a pair both."""
+        numbers = self.num_model // self.per_unit, self.num_pretraining
+        return all(n % self.world_size == 0 for n in (numbers if self.per_unit > 1 else (sum(numbers),)))
+
     def draw(self, step: int) -> Batch:
         """This worker's part of the batch of `step`.
 
@@ -176,6 +182,8 @@ class Batches:
         return self._put(tensor[index.to(tensor.device, non_blocking=True)])
 
     def _put(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()  # a copy from other memory may wait for the device
         return tensor.to(self.device, non_blocking=True)
 
 

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from accord.artifacts import Manifest
-from accord.diffusion import checkpoint
+from accord.diffusion import checkpoint, sharding
 from accord.diffusion.batches import Batch, Batches
 from accord.diffusion.finetune_data import FinetuneData
 from accord.diffusion.model import DiffusionModel
@@ -38,16 +39,20 @@ from accord.diffusion.objectives import (
 )
 from accord.diffusion.sample import autocast
 from accord.diffusion.settings import FinetuneConfig
+from accord.diffusion.trainable import make_trainable, put_weights, without_adapters
+from accord.errors import ConfigError
 from accord.training import scheduled_rate
 
 __all__ = ["FinetuneConfig", "FinetuneData", "Finetuner"]
 
 
 class Finetuner:
-    """Trains a copy of `model`'s UNet; everything else of it, and `model` itself, stay as they are.
+    """Trains a copy of `model`'s UNet, or adapters in it (trainable.py); everything else of it, and `model`
+    itself, stay as they are.
 
-    `wrap` makes the UNet distributed (DistributedDataParallel, which averages gradients over the workers).
-    The wrapped module must share its parameters with the UNet that it is given.
+    `wrap` makes the UNet distributed: DistributedDataParallel, or sharding.shard, both of which average
+    gradients over the workers. The wrapped module must name its parameters as the UNet that it is given does,
+    which must hold them too.
 
     Raises FeedbackError when there is nothing to learn from, ConfigError for data or workers that do not fit.
     """
@@ -63,15 +68,26 @@ class Finetuner:
         world_size: int = 1,
         wrap: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
-        self.config, self.seed, self.world_size = config, seed, world_size
+        self.config, self.seed = config, seed
+        self.rank, self.world_size = rank, world_size
         self.device = model.device
         self.batches = Batches(model, data, config, seed, rank=rank, world_size=world_size)
         self.identity = {"model": model.digest, "data": data.fingerprint()}
 
-        self.reference: nn.Module | None = model.unet if needs_reference(config) else None  # frozen
-        self.unet: nn.Module = copy.deepcopy(model.unet).float().train().requires_grad_(True)
+        self.unet = make_trainable(model.unet, config, seed)
         self.forward_unet = wrap(self.unet) if wrap else self.unet
-        self.parameters = list(self.unet.parameters())
+        trained = [(name, p) for name, p in self.unet.named_parameters() if p.requires_grad]
+        self.names, self.parameters = [name for name, _ in trained], [parameter for _, parameter in trained]
+        # The frozen reference model: a network of its own, or that with adapters without them.
+        self.reference: nn.Module | None = None
+        if needs_reference(config):
+            self.reference = model.unet if config.parameters == "full" else self.unet
+        if self.is_sharded and not self.batches.are_shared_evenly:
+            raise ConfigError(
+                f"sharding fsdp needs batches that {world_size} workers share evenly (pairs and pre-training "
+                "images each, with diffusion_dpo): batch_size + pretraining_batch_size is "
+                f"{self.batches.num_model} + {self.batches.num_pretraining}"
+            )
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay > 0 else []
         # average <- decay * average + (1 - decay) * weights
         self._average_in: Callable[..., None] = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
@@ -83,6 +99,10 @@ class Finetuner:
             fused=self.device.type == "cuda",
         )
         self.step_index = 0
+
+    @property
+    def is_sharded(self) -> bool:
+        return any(isinstance(parameter, DTensor) for parameter in self.parameters[:1])
 
     def step(self) -> dict[str, Tensor]:
         """One optimiser step. Returns scalar tensors that stay on the device: a caller that reads them waits
@@ -130,25 +150,47 @@ class Finetuner:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self.optimizer.step()
         if self.average:
-            self._average_in(self.average, self.parameters, None)
+            self._average_in(sharding.local(self.average), sharding.local(self.parameters), None)
         self.step_index += 1
-        return {"grad_norm": norm.detach(), "learning_rate": torch.full((), rate, device=self.device)}
+        return {
+            "grad_norm": sharding.gathered(norm.detach()),
+            "learning_rate": torch.full((), rate, device=self.device),
+        }
 
-    def averaged_unet(self) -> nn.Module:
-        """A frozen copy of the UNet with the averaged weights (the current ones when ema_decay is 0)."""
-        unet = copy.deepcopy(self.unet).eval().requires_grad_(False)
-        with torch.no_grad():
-            for parameter, average in zip(unet.parameters(), self.average or self.parameters, strict=True):
-                parameter.copy_(average)
+    def averaged_unet(self, base: nn.Module | None = None) -> nn.Module:
+        """A frozen float32 copy of the UNet with the averaged weights (the current ones when ema_decay is 0).
+
+        Where adapters are trained it is a copy of `base`, the reference model's UNet, with them merged.
+        Raises ConfigError without it, and where weights are sharded: then use checkpoint.put_trained.
+        """
+        source = base if self.config.parameters == "lora" else self.unet
+        if source is None or self.is_sharded:
+            raise ConfigError(
+                "averaged_unet needs the whole network: give the reference model's UNet as `base` where "
+                "adapters are trained, and use checkpoint.put_trained where weights are sharded"
+            )
+        unet = copy.deepcopy(source).float().eval()
+        put_weights(unet, dict(zip(self.names, self.average or self.parameters, strict=True)), self.config)
         return unet
 
+    def snapshot(self, *, copy: bool = True) -> checkpoint.Snapshot | None:
+        """The state as it is now, whose `write(directory)` may take its time while training goes on (with
+        `copy`: in memory of its own). None on all workers but the first; where weights are sharded, all must
+        call it."""
+        return checkpoint.snapshot(self, copy=copy)
+
     def save(self, directory: str | Path) -> Manifest:
-        """Weights, average, optimiser state and step: all or nothing. Call it on one worker; all hold the
-        same.
+        """Weights, average, optimiser state and step: all or nothing. Call it on the first worker; where
+        weights are sharded use `snapshot`.
 
         Raises StorageError for a full disk.
         """
-        return checkpoint.save(self, directory)
+        taken = None if self.is_sharded else self.snapshot(copy=False)
+        if taken is None:
+            raise ConfigError(
+                "save works on the first worker, with whole weights; call snapshot on all workers"
+            )
+        return taken.write(directory)
 
     def load(self, directory: str | Path) -> None:
         """Goes on from a checkpoint, exactly as if never interrupted, with any number of workers.
@@ -166,7 +208,7 @@ class Finetuner:
         prediction_BCHW, target_BCHW = self._predict(self.forward_unet, *inputs), batch.target_BCHW[part]
         ours = slice(0, min(max(batch.num_model - part.start, 0), len(prediction_BCHW)))  # generated images
         weight_B = batch.weight_B[part][ours]
-        reference_BCHW = self._reference_prediction([tensor[ours] for tensor in inputs])
+        reference_BCHW = self._reference_prediction(inputs, ours.stop)
         more: dict[str, Tensor] = {}
         if config.is_preference:
             reward_B = _implicit_rewards(prediction_BCHW[ours], target_BCHW[ours], reference_BCHW)
@@ -197,12 +239,14 @@ class Finetuner:
             return None
         total = torch.zeros((), device=self.device)
         for part in parts:
-            ours = slice(part.start, min(part.stop, batch.num_model))
-            inputs = batch.noisy_BCHW[ours], batch.timesteps_B[ours], batch.text_BTD[ours]
-            reference_BCHW = self._reference_prediction(inputs)
+            inputs = batch.noisy_BCHW[part], batch.timesteps_B[part], batch.text_BTD[part]
+            count = min(max(batch.num_model - part.start, 0), len(inputs[0]))
+            reference_BCHW = self._reference_prediction(inputs, count)
             if reference_BCHW is not None:
-                prediction_BCHW = self._predict(self.forward_unet, *inputs)
-                total += implicit_reward(prediction_BCHW, batch.target_BCHW[ours], reference_BCHW).sum()
+                least = max(count, 1)
+                prediction_BCHW = self._predict(self.forward_unet, *(tensor[:least] for tensor in inputs))
+                rewards = prediction_BCHW[:count], batch.target_BCHW[part][:count], reference_BCHW
+                total += implicit_reward(*rewards).sum()
         return self._point_of(total)
 
     def _point_of(self, reward_sum: Tensor) -> Tensor | None:
@@ -213,11 +257,15 @@ class Finetuner:
         return kto_reference_point(total, self.batches.num_model)
 
     @torch.no_grad()
-    def _reference_prediction(self, inputs: Sequence[Tensor]) -> Tensor | None:
-        """What the reference model predicts from the same inputs; None where the objective asks for none."""
-        if self.reference is None or len(inputs[0]) == 0:
+    def _reference_prediction(self, inputs: Sequence[Tensor], count: int) -> Tensor | None:
+        """What the reference model predicts from the first `count` inputs; None where the objective asks for
+        none, or count is 0."""
+        # Workers that share a network must run it equally often.
+        least = max(count, 1) if self.is_sharded else count
+        if self.reference is None or least == 0:
             return None
-        return self._predict(self.reference, *inputs)
+        with without_adapters(self.unet) if self.reference is self.unet else contextlib.nullcontext():
+            return self._predict(self.reference, *(tensor[:least] for tensor in inputs))[:count]
 
     def _predict(self, unet: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, text_BTD: Tensor) -> Tensor:
         with autocast(self.device, self.config.precision):

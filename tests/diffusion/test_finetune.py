@@ -7,44 +7,14 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accord.artifacts import load_tensors, save_tensors, verify
-from accord.diffusion.encode import encode_images, encode_prompts
-from accord.diffusion.finetune import FinetuneConfig, FinetuneData, Finetuner
+from accord.artifacts import verify
+from accord.diffusion.encode import encode_images
+from accord.diffusion.finetune import Finetuner
 from accord.diffusion.model import DiffusionModel, load_diffusion_model, save_diffusion_model
 from accord.diffusion.sample import SamplerConfig, sample_images
 from accord.errors import ConfigError, FeedbackError, StorageError
+from tests.diffusion.tuning import config, make_data, state
 from tests.tiny import sd15_shaped_directory
-
-
-def make_data(model: DiffusionModel, images: int = 6, pretraining: int = 5) -> FinetuneData:
-    generator = torch.Generator().manual_seed(1)
-    text_KTD = encode_prompts(model, ["red star", "two circles", "blue heart on grass"])
-    return FinetuneData(
-        latents_NCHW=torch.randn(images, 4, 8, 8, generator=generator),
-        text_index_N=torch.arange(images) % 3,
-        reward_N=torch.linspace(0.1, 0.9, images),
-        pretraining_latents_MCHW=torch.randn(pretraining, 4, 8, 8, generator=generator),
-        pretraining_text_index_M=torch.arange(pretraining) % 3,
-        pretraining_reward_M=torch.linspace(0.1, 0.9, pretraining),
-        text_KTD=text_KTD,
-        empty_text_TD=encode_prompts(model, [""])[0],
-    )
-
-
-def config(**changes: object) -> FinetuneConfig:
-    small = {
-        "steps": 8,
-        "learning_rate": 1e-3,
-        "batch_size": 5,
-        "pretraining_batch_size": 3,
-        "ema_decay": 0.9,
-    }
-    return FinetuneConfig.model_validate(small | changes)
-
-
-def state(finetuner: Finetuner) -> list[torch.Tensor]:
-    moments = [v for p in finetuner.parameters for v in finetuner.optimizer.state[p].values()]
-    return [t.detach().clone() for t in (*finetuner.parameters, *finetuner.average, *moments)]
 
 
 def test_overfits_a_tiny_set(tiny_v_model: DiffusionModel) -> None:
@@ -110,57 +80,6 @@ def test_any_number_of_workers_is_one(
         # DistributedDataParallel averages
         average = torch.stack([part.parameters[i].grad for part in parts]).mean(0)  # type: ignore[misc]
         torch.testing.assert_close(average, parameter.grad, rtol=1e-3, atol=1e-6)
-
-
-def worker(rank: int, directory: Path, meeting: Path, out: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    model = load_diffusion_model(directory)
-    tuner = Finetuner(
-        model,
-        make_data(model),
-        config(gradient_accumulation=2),
-        seed=5,
-        rank=rank,
-        world_size=2,
-        wrap=torch.nn.parallel.DistributedDataParallel,
-    )
-    losses = torch.stack([tuner.step()["loss"] for _ in range(2)])
-    if rank == 0:
-        save_tensors(out, {"losses": losses, "average": tuner.average[0]})
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_under_ddp_are_one(tiny_directory: Path, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(
-        worker, (tiny_directory, tmp_path / "meeting", tmp_path / "out.safetensors"), nprocs=2
-    )
-    model = load_diffusion_model(tiny_directory)
-    alone = Finetuner(model, make_data(model), config(), seed=5)
-    losses = torch.stack([alone.step()["loss"] for _ in range(2)])
-    together = load_tensors(tmp_path / "out.safetensors")
-    torch.testing.assert_close(together["losses"], losses, rtol=1e-4, atol=1e-5)
-    # Adam's first steps are sign(gradient) * rate, so where a gradient is nearly 0 its rounding shows.
-    torch.testing.assert_close(together["average"], alone.average[0], rtol=0.0, atol=2e-4)
-
-
-def test_resumed_run_equals_uninterrupted_run(tiny_model: DiffusionModel, tmp_path: Path) -> None:
-    data = make_data(tiny_model)
-    through = Finetuner(tiny_model, data, config(schedule="cosine", warmup_steps=2), seed=2)
-    losses = [through.step()["loss"] for _ in range(5)]
-
-    first = Finetuner(tiny_model, data, config(schedule="cosine", warmup_steps=2), seed=2)
-    for _ in range(3):
-        first.step()
-    manifest = first.save(tmp_path / "checkpoint")
-    assert set(manifest.files) == {"state.safetensors"}
-    second = Finetuner(tiny_model, data, config(schedule="cosine", warmup_steps=2, log_every=3), seed=2)
-    second.load(tmp_path / "checkpoint")
-    assert second.step_index == 3
-    assert [second.step()["loss"] for _ in range(2)] == losses[3:]
-    for resumed, uninterrupted in zip(state(second), state(through), strict=True):
-        assert torch.equal(resumed, uninterrupted)
 
 
 def test_checkpoint_before_the_first_step(tiny_model: DiffusionModel, tmp_path: Path) -> None:
