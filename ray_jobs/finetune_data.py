@@ -7,7 +7,7 @@ made from, so that several runs on the same images make them once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,16 @@ _PROMPTS = 1024
 
 
 def prepare_data(
-    recipe: Recipe, model_directory: str, run_dir: Path, scored: pd.DataFrame, path: Path
+    recipe: Recipe,
+    model_directory: str,
+    run_dir: Path,
+    scored: pd.DataFrame,
+    path: Path,
+    more: Mapping[str, torch.Tensor],
 ) -> None:
     """All images as latents and all prompts as text states (safetensors).
 
-    `scored`: columns image (digest), prompt and reward.
+    `scored`: columns image (digest), prompt and reward. `more`: further fields of FinetuneData, as they are.
     """
     from accord.diffusion.conditioning import encode_conditioning
     from accord.diffusion.model import load_diffusion_model
@@ -53,6 +58,7 @@ def prepare_data(
         "pretraining_reward_M": _caption_rewards(recipe, run_dir, files, captions),
         "text_KTD": torch.cat([part["states"].cpu() for part in parts]),
         "empty_text_TD": empty["states"][0].cpu(),
+        **more,
     }
     if model.is_xl:
         tensors |= {
