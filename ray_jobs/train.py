@@ -169,12 +169,14 @@ def _fit(training: Training, directory: Path, config: RayConfig) -> Any:
         "threads": config.threads_per_worker,
         "background": config.background_checkpoints,
     }
-    elastic = config.min_workers is not None and config.min_workers < config.num_workers
+    workers: Any = config.num_workers
+    if config.min_workers is not None and config.min_workers < config.num_workers:
+        workers = (config.min_workers, config.num_workers)  # as many as the cluster has room for
     trainer = TorchTrainer(
         _worker,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
-            num_workers=(config.min_workers, config.num_workers) if elastic else config.num_workers,
+            num_workers=workers,
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),

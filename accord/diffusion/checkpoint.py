@@ -7,7 +7,7 @@ data: the batch of a step follows from (seed, step) alone (batches.py), on any n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,10 +145,10 @@ def _put(
         is_count = moment == "step"
         moments[place][moment] = whole if is_count else sharding.like(whole, finetuner.parameters[place])
     else:
-        tensors = {"unet": finetuner.parameters, "average": finetuner.average}[kind]
         if kind == "average" and not finetuner.average:
             return
-        target = tensors[names[name]]
+        held: Mapping[str, Sequence[Tensor]] = {"unet": finetuner.parameters, "average": finetuner.average}
+        target = held[kind][names[name]]
         (part,) = sharding.local([target])
         (value,) = sharding.local([sharding.like(whole, target)])
         part.copy_(value)

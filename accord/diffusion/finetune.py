@@ -84,9 +84,9 @@ class Finetuner:
             self.reference = model.unet if config.parameters == "full" else self.unet
         if self.is_sharded and not self.batches.are_shared_evenly:
             raise ConfigError(
-                f"sharding fsdp needs batches that {world_size} workers share evenly (pairs and pre-training "
-                "images each, with diffusion_dpo): batch_size + pretraining_batch_size is "
-                f"{self.batches.num_model} + {self.batches.num_pretraining}"
+                f"sharding fsdp needs batches that {world_size} workers share evenly: batch_size + "
+                f"pretraining_batch_size is {self.batches.num_model} + {self.batches.num_pretraining} (with "
+                "diffusion_dpo, both the number of pairs and that of pre-training images must be multiples)"
             )
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay > 0 else []
         # average <- decay * average + (1 - decay) * weights

@@ -94,7 +94,7 @@ class LoraConfig(Config):
     """Low-rank adapters (Hu et al. 2021): what is trained where finetune.parameters is lora."""
 
     rank: int = Field(default=32, ge=1)
-    alpha: float = Field(default=32.0, gt=0.0)
+    alpha: int = Field(default=32, ge=1)
     """The adapters count alpha / rank times."""
     target_modules: tuple[str, ...] = Field(default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
     """Names, or ends of names, of linear and convolution layers; by default those of all attention. For more

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,15 @@ from accord.artifacts import canonical_json, sha256_bytes
 from accord.errors import FeedbackError
 from accord.feedback.campaign_making import store_campaign
 from accord.feedback.campaign_records import QUESTIONS, ComparisonItem, check_campaign_id, check_item
-from accord.feedback.campaign_tables import TASKS_PER_CAMPAIGN, answers, campaigns, exclusions, places, tasks
+from accord.feedback.campaign_tables import (
+    TASKS_PER_CAMPAIGN,
+    answers,
+    campaign_raters,
+    campaigns,
+    exclusions,
+    places,
+    tasks,
+)
 from accord.feedback.counting import standing
 from accord.feedback.tables import check_text
 
@@ -121,6 +130,7 @@ def store_compared(connection: Connection, campaign_id: str, title: str, items: 
     first_task = number * TASKS_PER_CAMPAIGN
     _insert(connection, answers, _answers(grouped, number, first_task, digest))
     _insert(connection, places, _places(grouped, first_task))
+    _insert(connection, campaign_raters, _seats(grouped, number))
     return len(items)
 
 
@@ -177,6 +187,17 @@ def _places(grouped: Mapping[_Key, Mapping[str, str]], first_task: int) -> Itera
                 "task": first_task + place, "rater": rater, "state": "answered", "slot": slot,
                 "leased_ms": now_ms, "expires_ms": now_ms,
             }  # fmt: skip
+
+
+def _seats(grouped: Mapping[_Key, Mapping[str, str]], number: int) -> Iterator[dict[str, Any]]:
+    """The counts that campaigns keep of their raters."""
+    now_ms = int(datetime.datetime.now(datetime.UTC).timestamp() * 1000)
+    given = Counter(rater for said in grouped.values() for rater in said)
+    for rater, count in sorted(given.items()):
+        yield {
+            "campaign": number, "rater": rater, "cursor": 0, "leases": 0, "last_answer_ms": now_ms,
+            "answered": count, "counted": count,
+        }  # fmt: skip
 
 
 def _insert(connection: Connection, table: Any, rows: Iterator[dict[str, Any]]) -> None:

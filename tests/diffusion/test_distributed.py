@@ -32,8 +32,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "fsdp-lora": {"sharding": "fsdp", **LORA, **SIGNED, "gradient_accumulation": 4},
     "ddp-kto": {"objective": "diffusion_kto", "kto_good_share": 0.95},
     "fsdp-lora-kto": {"sharding": "fsdp", **LORA, "objective": "diffusion_kto", "gradient_accumulation": 4},
-    "fsdp-dpo": {"sharding": "fsdp", "objective": "diffusion_dpo"},
-    "fsdp-bfloat16": {"sharding": "fsdp", "precision": "bfloat16", "gradient_checkpointing": True},
+    # Frozen weights in bfloat16 beside adapters in float32.
+    "fsdp-bfloat16": {"sharding": "fsdp", **LORA, "precision": "bfloat16", "gradient_checkpointing": True},
 }
 STEPS = 2
 

@@ -1,6 +1,7 @@
 """Low-rank adapters: what is trained, from where it begins, and that the model handed on is whole."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,15 @@ def test_weights_in_another_order_train_alike(
         torch.testing.assert_close(b, a, rtol=1e-3, atol=2e-4)
         assert torch.equal(b, c)
     assert all(parameter.is_contiguous() for parameter in tiny_model.unet.parameters())
+
+
+@pytest.mark.skipif(not os.environ.get("ACCORD_SOAK"), reason="compiling takes minutes: set ACCORD_SOAK=1")
+@pytest.mark.parametrize("parameters", ["full", "lora"])
+def test_compiled_blocks_train_alike(tiny_model: DiffusionModel, tmp_path: Path, parameters: str) -> None:
+    changes = {"parameters": parameters, "objective": "diffusion_nft", "gradient_checkpointing": True}
+    plain, compiled = (tuned(tiny_model, compile=value, **changes) for value in (False, True))
+    for _ in range(2):
+        torch.testing.assert_close(compiled.step()["loss"], plain.step()["loss"], rtol=1e-4, atol=1e-5)
+    assert set(compiled.names) == set(plain.names)
+    compiled.save(tmp_path / "checkpoint")
+    plain.load(tmp_path / "checkpoint")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from accord.diffusion.batches import Batches
 from accord.diffusion.finetune import FinetuneConfig, Finetuner
 from accord.diffusion.model import DiffusionModel
 from accord.diffusion.objectives import (
@@ -231,6 +232,23 @@ def test_training_widens_the_margin_of_good_images_over_bad_ones(
     assert float(first["preference_margin"]) == pytest.approx(0, abs=1e-6)
     assert sum(float(step["loss"]) for step in last) / 5 < float(first["loss"])
     assert sum(float(step["preference_margin"]) for step in last) / 5 > 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "sizes", "even"),
+    [("diffusion_dpo", (6, 3), False), ("diffusion_dpo", (8, 2), True), ("diffusion_kto", (5, 3), True)],
+)
+def test_workers_have_as_much_each_only_if_pairs_can_be_shared(
+    tiny_model: DiffusionModel, objective: str, sizes: tuple[int, int], even: bool
+) -> None:
+    changes = dict(zip(("batch_size", "pretraining_batch_size"), sizes, strict=True))
+    parts = [
+        Batches(tiny_model, judged(tiny_model), settings(objective, **changes), 0, rank=rank, world_size=2)
+        for rank in range(2)
+    ]
+    assert [part.are_shared_evenly for part in parts] == [even, even]
+    counts = {len(part.draw(step).timesteps_B) for part in parts for step in range(2)}
+    assert (len(counts) == 1) == even
 
 
 def test_what_is_missing_is_said(tiny_model: DiffusionModel) -> None:

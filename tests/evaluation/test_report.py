@@ -413,3 +413,13 @@ def test_the_page_is_no_wider_than_the_window(html: str, tmp_path: Path, width_p
     found = re.search(r"<title>(\d+) of (\d+)</title>", loaded)
     assert found is not None
     assert width_px - 20 <= int(found[1]) == int(found[2])  # 20: the scroll bar
+
+
+def test_the_calibration_that_was_fitted_is_told_when_it_is_known() -> None:
+    summary = {**example_summary(), "calibration": {"images": 115, "ece": 0.124, "ece_calibrated": 0.041}}
+    text = " ".join(Page(build_report(summary, example_gallery(), example_run_info())).texts)
+    assert "On the 115 judged images that learning left out" in text
+    assert "was 0.12 as it came, 0.04 once scaled" in text
+    summary["calibration"]["ece_calibrated"] = None
+    assert "was 0.12 as it came." in build_report(summary, example_gallery(), example_run_info())
+    assert "learning left out" not in build_report(example_summary(), example_gallery(), example_run_info())

@@ -3,15 +3,19 @@ ones.
 """
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from accord.artifacts import load_tensors
+from accord.diffusion.model import load_diffusion_model
 from accord.errors import ConfigError
 from accord.recipe import RayConfig, load_recipe
-from ray_jobs import loop
+from ray_jobs import finetune, loop
 from tests.ray_jobs.processes import start_and_kill
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -46,6 +50,7 @@ def files(run_dir: Path) -> dict[str, int]:
 
 
 LOCAL = ["ray.local=true"]
+LORA = ["finetune.parameters=lora", "finetune.lora.rank=2"]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +88,23 @@ def test_a_finished_loop_does_nothing_again(finished: Path) -> None:
 def test_a_changed_recipe_is_refused_by_its_key(finished: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.learning_rate: 0\.001 then, 0\.002 now"):
         loop.run(load_recipe(finished / "recipe.yaml", ["finetune.learning_rate=0.002"]), finished / "run")
+
+
+def test_adapters_are_handed_on_as_a_whole_model(finished: Path, tmp_path: Path, model: Path) -> None:
+    run_dir = tmp_path / "run"
+    undone = shutil.ignore_patterns("aligned*", "control*", "train", "evaluation*")
+    shutil.copytree(finished / "run", run_dir, ignore=undone)
+    manifest = finetune.run(load_recipe(finished / "recipe.yaml", [*LOCAL, *LORA]), run_dir)
+    assert manifest.config["parameters"] == "lora"
+    base, aligned = (load_diffusion_model(path) for path in (model, run_dir / "aligned"))
+    assert aligned.digest == manifest.digest != base.digest
+    before, after = base.unet.state_dict(), aligned.unet.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("attn" in name for name in changed)
+    checkpoint = max((run_dir / "train" / "aligned").glob("step-*")) / "state.safetensors"
+    assert all("lora_" in name for name in load_tensors(checkpoint))
 
 
 @pytest.mark.parametrize(
