@@ -88,6 +88,9 @@ class FeedbackConfig(Config):
     person in the browser. Without it the panel is asked directly, and people judge elsewhere."""
     rater: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "me"
     """With `serve` and no panel: the name under which the person at the keyboard judges."""
+    comparisons: tuple[str, ...] = ()
+    """Ids of campaigns of comparisons, imported ones for example, that the snapshot holds too; those of the
+    run's own judged images are always in it. finetune.objective: diffusion_dpo learns from them."""
 
 
 class RayConfig(Config):
@@ -143,9 +146,11 @@ class Recipe(Config):
     grammar: str
     """Name of a shipped grammar, or the path of a YAML file."""
     model: str
-    """Directory of the base model in diffusers' StableDiffusionPipeline format (a path or pkg://...)."""
+    """Directory of the base model in the format of diffusers' StableDiffusionPipeline or
+    StableDiffusionXLPipeline (a path or pkg://...)."""
     clip: str
-    """Directory of an open_clip model, or "open_clip:ARCHITECTURE/path/to/weights.safetensors"."""
+    """Directory of an open_clip model, "open_clip:ARCHITECTURE/path/to/weights.safetensors", or
+    "hub:OWNER/NAME" where ACCORD_ALLOW_HUB=1."""
     evaluator: ObjectSpec | None = None
     """Factory of an accord.evaluation.protocols.Evaluator; null: `evaluate` cannot run."""
     panel: ObjectSpec | None = None
@@ -168,6 +173,15 @@ class Recipe(Config):
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig = RegistryConfig()
+
+    @model_validator(mode="after")
+    def _preferences_are_of_people(self) -> Self:
+        if self.finetune.is_preference and self.on_policy.rounds:
+            raise ValueError(
+                f"finetune.objective {self.finetune.objective} learns from what people said, and nobody "
+                f"judges images of further rounds: on_policy.rounds is {self.on_policy.rounds}; expected 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_person_has_one_vote(self) -> Self:

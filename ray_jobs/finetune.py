@@ -16,7 +16,7 @@ from accord.artifacts import Manifest, load_tensors, read_manifest
 from accord.diffusion.settings import FinetuneConfig
 from accord.errors import FeedbackError
 from accord.recipe import Recipe
-from ray_jobs import _cli, cluster, collect, inputs, sources
+from ray_jobs import _cli, cluster, collect, inputs, preferences, sources
 from ray_jobs.finetune_data import prepare_data
 from ray_jobs.generation import Source
 from ray_jobs.score import load_scores, rewards_of
@@ -35,6 +35,9 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
     pretraining = sources.run(recipe, run_dir, "pretraining")
     base = inputs.base_model(recipe)
     digests = {"model": base.digest, "scores": scores.digest, "pretraining": pretraining.digest}
+    judged = _preferences(recipe, run_dir)
+    if judged is not None:
+        digests["snapshot"] = required(run_dir, "snapshot").digest
     rounds = _rounds_config(recipe)
     configs = {
         "aligned": recipe.finetune,
@@ -47,7 +50,9 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
             }
         ),
     }
-    further = {"aligned": {"on_policy": rounds} if rounds else {}, "control": {}}
+    further: dict[str, dict[str, Any]] = {"aligned": {"on_policy": rounds} if rounds else {}, "control": {}}
+    if judged is not None:
+        further["aligned"]["preferences"] = judged.note
     stages = {
         name: Stage(name, KIND, config.decisive() | further[name], recipe.seed, digests)
         for name, config in configs.items()
@@ -56,8 +61,9 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
     missing = [name for name, stage in stages.items() if not is_done(stage, run_dir)]
     if missing:
         with timed(run_dir, "finetune"):
-            images = _first_images(recipe, run_dir)
-            data = _prepared(recipe, run_dir, base, images, run_dir / "work" / "aligned")
+            images = _first_images(recipe, run_dir) if judged is None else judged.images
+            more = None if judged is None else judged.tensors
+            data = _prepared(recipe, run_dir, base, images, run_dir / "work" / "aligned", more)
             trainings = [_training(recipe, run_dir, name, configs[name], data, base) for name in missing]
             checkpoints = train(trainings, run_dir / "train", recipe.ray)
             for name, training, checkpoint in zip(missing, trainings, checkpoints, strict=True):
@@ -81,6 +87,14 @@ def _first_images(recipe: Recipe, run_dir: Path) -> pd.DataFrame:
     if scores.empty:
         raise FeedbackError("there are no generated images to learn from: collect some first")
     return scores[["image", "prompt", "reward"]]
+
+
+def _preferences(recipe: Recipe, run_dir: Path) -> preferences.Preferences | None:
+    """What people said themselves, where the objective learns from that."""
+    if not recipe.finetune.is_preference:
+        return None
+    required(run_dir, "snapshot")
+    return preferences.load(recipe, run_dir, load_scores(run_dir))
 
 
 def _rounds_config(recipe: Recipe) -> dict[str, Any]:
@@ -116,11 +130,19 @@ def _further_rounds(
     return training, checkpoint
 
 
-def _prepared(recipe: Recipe, run_dir: Path, model: Source, images: pd.DataFrame, directory: Path) -> Path:
-    """DIRECTORY/data.safetensors, made unless it is there."""
+def _prepared(
+    recipe: Recipe,
+    run_dir: Path,
+    model: Source,
+    images: pd.DataFrame,
+    directory: Path,
+    more: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """DIRECTORY/data.safetensors with `more` fields, made unless it is there."""
     data = directory / "data.safetensors"
     if not data.exists():
-        cluster.on_device(recipe.ray, prepare_data, recipe, str(model.directory), run_dir, images, data)
+        arguments = (recipe, str(model.directory), run_dir, images, data, dict(more or {}))
+        cluster.on_device(recipe.ray, prepare_data, *arguments)
     return data
 
 

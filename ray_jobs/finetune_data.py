@@ -7,7 +7,7 @@ made from, so that several runs on the same images make them once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,22 @@ from ray_jobs.score import score_captioned
 
 ENCODED = "work/encoded"
 _BATCH = 64
+_PROMPTS = 1024
 
 
 def prepare_data(
-    recipe: Recipe, model_directory: str, run_dir: Path, scored: pd.DataFrame, path: Path
+    recipe: Recipe,
+    model_directory: str,
+    run_dir: Path,
+    scored: pd.DataFrame,
+    path: Path,
+    more: Mapping[str, torch.Tensor],
 ) -> None:
     """All images as latents and all prompts as text states (safetensors).
 
-    `scored`: columns image (digest), prompt and reward.
+    `scored`: columns image (digest), prompt and reward. `more`: further fields of FinetuneData, as they are.
     """
-    from accord.diffusion.encode import encode_prompts
+    from accord.diffusion.conditioning import encode_conditioning
     from accord.diffusion.model import load_diffusion_model
 
     model = load_diffusion_model(model_directory, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -41,7 +47,8 @@ def prepare_data(
     files, captions = sources.read(run_dir, "pretraining")
     pretraining_latents_MCHW = _latents(model, run_dir, files)
     texts = {text: row for row, text in enumerate(dict.fromkeys([*scored["prompt"], *captions]))}
-    text_KTD = encode_prompts(model, [*texts, ""]).cpu()
+    parts = [encode_conditioning(model, part) for part in inputs.batches(list(texts), _PROMPTS)]
+    empty = encode_conditioning(model, [""], negative=True)
     tensors = {
         "latents_NCHW": latents_NCHW,
         "text_index_N": torch.tensor([texts[prompt] for prompt in scored["prompt"]]),
@@ -49,9 +56,15 @@ def prepare_data(
         "pretraining_latents_MCHW": pretraining_latents_MCHW,
         "pretraining_text_index_M": torch.tensor([texts[caption] for caption in captions], dtype=torch.long),
         "pretraining_reward_M": _caption_rewards(recipe, run_dir, files, captions),
-        "text_KTD": text_KTD[:-1],
-        "empty_text_TD": text_KTD[-1],
+        "text_KTD": torch.cat([part["states"].cpu() for part in parts]),
+        "empty_text_TD": empty["states"][0].cpu(),
+        **more,
     }
+    if model.is_xl:
+        tensors |= {
+            "pooled_KP": torch.cat([part["pooled"].cpu() for part in parts]),
+            "empty_pooled_P": empty["pooled"][0].cpu(),
+        }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, tensors)
 

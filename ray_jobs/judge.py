@@ -32,7 +32,9 @@ BATCH_SIZE = 128
 def run(recipe: Recipe, run_dir: Path) -> Manifest:
     """snapshot/: what was judged, immutable."""
     candidates = required(run_dir, "candidates")
-    settings = recipe.feedback.model_dump(mode="json", exclude={"url", "serve", "rater"})
+    settings = recipe.feedback.model_dump(mode="json", exclude={"url", "serve", "rater", "comparisons"})
+    if recipe.feedback.comparisons:
+        settings["comparisons"] = list(recipe.feedback.comparisons)
     if recipe.feedback.serve:  # others say other things than the panel when it is asked directly
         settings |= {"serve": True} if recipe.panel else {"serve": True, "rater": recipe.feedback.rater}
     stage = Stage(
@@ -59,6 +61,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
                 seed=recipe.seed,
                 aggregation=recipe.feedback.aggregation,
                 only=set(zip(labelled["image"], labelled["prompt"], strict=True)),
+                campaigns=recipe.feedback.comparisons,
             )
             _tell(run_dir)
     return read_manifest(run_dir / "snapshot")

@@ -316,24 +316,63 @@ def export_command(
 
 @app.command("import")
 def import_command(
-    path: Annotated[Path, typer.Argument(help="What `accord feedback export` writes, or the like.")],
+    path: Annotated[
+        Path, typer.Argument(help="What `accord feedback export` writes, or any file of columns.")
+    ],
     url: UrlOption,
     kind: FormatOption = None,
     images: ImagesOption = None,
+    column: Annotated[
+        list[str],
+        typer.Option(
+            "--column", help="Which column holds what, as WHAT=COLUMN: prompt=caption, verdict=label."
+        ),
+    ] = [],  # noqa: B006
+    columns: Annotated[
+        Path | None, typer.Option("--columns", help="The same in a YAML file.", dir_okay=False)
+    ] = None,
+    image_root: Annotated[
+        Path | None, typer.Option(help="What paths of images are relative to; by default the file's folder.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Crop and scale images to a square of so many pixels.")
+    ] = None,
+    campaign: Annotated[str | None, typer.Option(help="Id of the campaign of imported comparisons.")] = None,
 ) -> None:
-    """Store judgements of a file; rows that cannot be stored are told, and the status is then 1."""
+    """Store judgements of a file; rows that cannot be stored are told, and the status is then 1.
+
+    With columns stated (docs/feedback.md), preferences and ranks become a campaign of comparisons.
+    """
+    from accord.cli.public_feedback import import_public, read_columns
     from accord.feedback import FeedbackStore
     from accord.feedback.exchange import import_judgements
     from accord.images import ImageFolder
 
-    with _errors(), FeedbackStore(url) as store:
-        folder = None if images is None else ImageFolder(images)
-        report = import_judgements(store, path, kind=kind, images=folder)
+    found = ""
+    with _errors():
+        if column or columns is not None:
+            stated = read_columns(columns, column)
+            report, found = import_public(
+                url,
+                path,
+                stated,
+                kind=kind,
+                images=images,
+                image_root=image_root,
+                size_px=size,
+                campaign=campaign,
+            )
+        else:
+            with FeedbackStore(url) as store:
+                folder = None if images is None else ImageFolder(images)
+                report = import_judgements(store, path, kind=kind, images=folder)
     for item in report.rejected:
         typer.echo(f"{path}:{item.line}: {item.reason}", err=True)
+    what = "comparisons" if found else "judgements"
     _out.print(
-        f"{report.new_judgements} new judgements, {report.known_judgements} known before, "
-        f"{len(report.rejected)} rows refused; {report.new_candidates} new images"
+        f"{report.new_judgements} new {what}, {report.known_judgements} known before, "
+        f"{len(report.rejected)} rows refused; "
+        + (f"campaign {_plain(found)}" if found else f"{report.new_candidates} new images")
     )
     if report.rejected:
         raise typer.Exit(_BAD_ROWS)

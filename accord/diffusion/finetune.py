@@ -4,8 +4,7 @@ It knows nothing of Ray. What it needs of a distributed run are `rank`, `world_s
 that any number of workers compute the same, and a resumed run the same as an uninterrupted one, follows from
 how batches are drawn (batches.py) and losses divided (objectives.py).
 
-Shapes: B samples of one worker's part of a batch, C latent channels, H W latent height and width, T text
-tokens, D text width.
+Shapes: B samples of one worker's part of a batch, C latent channels, H W latent height and width.
 """
 
 from __future__ import annotations
@@ -26,9 +25,18 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from accord.artifacts import Manifest
 from accord.diffusion import checkpoint, sharding
 from accord.diffusion.batches import Batch, Batches
+from accord.diffusion.conditioning import Conditioning, unet_arguments
 from accord.diffusion.finetune_data import FinetuneData
 from accord.diffusion.model import DiffusionModel
-from accord.diffusion.objectives import batch_loss, denoising_loss, model_loss, needs_reference
+from accord.diffusion.objectives import (
+    batch_loss,
+    denoising_loss,
+    implicit_reward,
+    kto_reference_point,
+    model_loss,
+    needs_reference,
+    preference_loss,
+)
 from accord.diffusion.sample import autocast
 from accord.diffusion.settings import FinetuneConfig
 from accord.diffusion.trainable import make_trainable, put_weights, without_adapters
@@ -62,7 +70,7 @@ class Finetuner:
     ) -> None:
         self.config, self.seed = config, seed
         self.rank, self.world_size = rank, world_size
-        self.device = model.device
+        self.device, self.pixels_per_latent = model.device, model.vae_scale_factor
         self.batches = Batches(model, data, config, seed, rank=rank, world_size=world_size)
         self.identity = {"model": model.digest, "data": data.fingerprint()}
 
@@ -74,10 +82,11 @@ class Finetuner:
         self.reference: nn.Module | None = None
         if needs_reference(config):
             self.reference = model.unet if config.parameters == "full" else self.unet
-        if self.is_sharded and (self.batches.num_model + self.batches.num_pretraining) % world_size:
+        if self.is_sharded and not self.batches.are_shared_evenly:
             raise ConfigError(
                 f"sharding fsdp needs batches that {world_size} workers share evenly: batch_size + "
-                f"pretraining_batch_size is {self.batches.num_model} + {self.batches.num_pretraining}"
+                f"pretraining_batch_size is {self.batches.num_model} + {self.batches.num_pretraining} (with "
+                "diffusion_dpo, both the number of pairs and that of pre-training images must be multiples)"
             )
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay > 0 else []
         # average <- decay * average + (1 - decay) * weights
@@ -112,14 +121,16 @@ class Finetuner:
         batch = self.batches.draw(self.step_index)
         count = len(batch.timesteps_B)
         size = math.ceil(count / self.config.gradient_accumulation)
+        size += size % self.batches.per_unit  # no pair is split
         parts = [slice(start, start + size) for start in range(0, count, size)]
+        reference_point = self._reference_point(batch, parts)
         totals: dict[str, Tensor] = {}
         for number, part in enumerate(parts, start=1):
             with contextlib.ExitStack() as stack:
                 if number < len(parts):  # workers exchange gradients once a step
                     no_sync: Any = getattr(self.forward_unet, "no_sync", contextlib.nullcontext)
                     stack.enter_context(no_sync())
-                loss, metrics = self._loss(batch, part)
+                loss, metrics = self._loss(batch, part, reference_point)
                 (loss * self.world_size).backward()  # type: ignore[no-untyped-call]
             totals = {name: value + totals[name] if totals else value for name, value in metrics.items()}
         return self._over_workers(totals)
@@ -189,21 +200,25 @@ class Finetuner:
         """
         checkpoint.load(self, directory)
 
-    def _loss(self, batch: Batch, part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, batch: Batch, part: slice, reference_point: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         config, num_model = self.config, self.batches.num_model
-        inputs = batch.noisy_BCHW[part], batch.timesteps_B[part], batch.text_BTD[part]
-        prediction_BCHW, target_BCHW = self._predict(self.forward_unet, *inputs), batch.target_BCHW[part]
+        prediction_BCHW = self._predict(self.forward_unet, *batch.inputs(part))
+        target_BCHW = batch.target_BCHW[part]
         ours = slice(0, min(max(batch.num_model - part.start, 0), len(prediction_BCHW)))  # generated images
         weight_B = batch.weight_B[part][ours]
-        model_loss_B = model_loss(
-            config,
-            prediction_BCHW[ours],
-            target_BCHW[ours],
-            self._reference_prediction(inputs, ours.stop),
-            weight_B,
-        )
+        reference_BCHW = self._reference_prediction(batch, part.start, ours.stop)
+        more: dict[str, Tensor] = {}
+        if config.is_preference:
+            reward_B = _implicit_rewards(prediction_BCHW[ours], target_BCHW[ours], reference_BCHW)
+            if reference_point is None:
+                reference_point = self._point_of(reward_B.detach().sum())
+            loss_B, more = preference_loss(config, reward_B, weight_B, reference_point)
+        else:
+            loss_B = model_loss(config, prediction_BCHW[ours], target_BCHW[ours], reference_BCHW, weight_B)
         loss, metrics = batch_loss(
-            model_loss_B,
+            loss_B,
             denoising_loss(prediction_BCHW[ours.stop :], target_BCHW[ours.stop :]),
             config.beta,
             num_model,
@@ -212,22 +227,51 @@ class Finetuner:
         unweighted_B = denoising_loss(prediction_BCHW[ours].detach(), target_BCHW[ours])
         metrics["model_loss_unweighted"] = unweighted_B.sum() / max(num_model, 1)
         metrics["weight_mean"] = weight_B.sum() / max(num_model, 1)
+        metrics |= {name: value / max(num_model, 1) for name, value in more.items()}
         return loss, metrics
 
     @torch.no_grad()
-    def _reference_prediction(self, inputs: Sequence[Tensor], count: int) -> Tensor | None:
-        """What the reference model predicts from the first `count` inputs; None where the objective asks for
-        none, or count is 0."""
+    def _reference_point(self, batch: Batch, parts: Sequence[slice]) -> Tensor | None:
+        """Q of diffusion_kto is the whole batch's: so it takes a pass of its own before the first gradient.
+        None where a single part's own pass will do (see _loss), and for any other objective.
+        """
+        if self.config.objective != "diffusion_kto" or len(parts) == 1:
+            return None
+        total = torch.zeros((), device=self.device)
+        for part in parts:
+            count = min(max(batch.num_model - part.start, 0), len(batch.timesteps_B[part]))
+            reference_BCHW = self._reference_prediction(batch, part.start, count)
+            if reference_BCHW is not None:
+                rows = slice(part.start, part.start + max(count, 1))
+                prediction_BCHW = self._predict(self.forward_unet, *batch.inputs(rows))
+                rewards = prediction_BCHW[:count], batch.target_BCHW[part][:count], reference_BCHW
+                total += implicit_reward(*rewards).sum()
+        return self._point_of(total)
+
+    def _point_of(self, reward_sum: Tensor) -> Tensor | None:
+        """Q of diffusion_kto from this worker's sum of implicit rewards; None for any other objective."""
+        if self.config.objective != "diffusion_kto":
+            return None
+        total = self._over_workers({"reward": reward_sum})["reward"]
+        return kto_reference_point(total, self.batches.num_model)
+
+    @torch.no_grad()
+    def _reference_prediction(self, batch: Batch, start: int, count: int) -> Tensor | None:
+        """What the reference model predicts for `count` images from `start` on; None where
+        the objective asks for none, or count is 0."""
         # Workers that share a network must run it equally often.
         least = max(count, 1) if self.is_sharded else count
         if self.reference is None or least == 0:
             return None
         with without_adapters(self.unet) if self.reference is self.unet else contextlib.nullcontext():
-            return self._predict(self.reference, *(tensor[:least] for tensor in inputs))[:count]
+            return self._predict(self.reference, *batch.inputs(slice(start, start + least)))[:count]
 
-    def _predict(self, unet: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, text_BTD: Tensor) -> Tensor:
+    def _predict(
+        self, unet: nn.Module, noisy_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        arguments = unet_arguments(conditioning, noisy_BCHW, self.pixels_per_latent)
         with autocast(self.device, self.config.precision):
-            prediction: Tensor = unet(noisy_BCHW, timesteps_B, encoder_hidden_states=text_BTD).sample
+            prediction: Tensor = unet(noisy_BCHW, timesteps_B, **arguments).sample
         return prediction.float()
 
     def _over_workers(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -236,3 +280,10 @@ class Finetuner:
         stacked = torch.stack(list(metrics.values()))
         torch.distributed.all_reduce(stacked)
         return dict(zip(metrics, stacked.unbind(), strict=True))
+
+
+def _implicit_rewards(prediction_BCHW: Tensor, target_BCHW: Tensor, reference_BCHW: Tensor | None) -> Tensor:
+    """As implicit_reward; there is no reference prediction where there is no image."""
+    if reference_BCHW is None:
+        return prediction_BCHW.new_zeros(0)
+    return implicit_reward(prediction_BCHW, target_BCHW, reference_BCHW)

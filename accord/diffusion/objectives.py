@@ -18,9 +18,11 @@ As usual for diffusion models, -log p_theta(x|z) is replaced by the denoising lo
 | beta         | beta                   | weight of the pre-training term                                 |
 
 The heirs replace the first term alone, by one that also pushes away from images worse than their prompt's
-others; batch_loss adds the pre-training term to any of them.
+others (advantage_weighted_matching, diffusion_nft), or that people called bad or did not choose
+(diffusion_kto, diffusion_dpo: no learned reward); batch_loss adds the pre-training term to any of them.
 
-Shapes: B samples, P pre-training samples, C latent channels, H W latent height and width, T noise levels.
+Shapes: B samples, P pre-training samples (or pairs), C latent channels, H W latent height and width, T noise
+levels.
 Everything here is a pure function of tensors.
 """
 
@@ -176,9 +178,76 @@ def diffusion_nft(
     return (optimality_B * good_B + (1 - optimality_B) * bad_B) / strength
 
 
+def implicit_reward(prediction_BCHW: Tensor, target_BCHW: Tensor, reference_BCHW: Tensor) -> Tensor:
+    """|f_ref(x_t) - target|^2 - |f_theta(x_t) - target|^2, as reward_B: above 0 where the network has come
+    nearer to the image than the reference model.
+
+    Times a constant it stands for log p_theta(x|z) / p_ref(x|z), which diffusion models cannot compute
+    (Wallace et al. 2023, Eq. 13 and 14, whose weight of timesteps is constant in practice): the reward that
+    preference objectives learn without a reward model.
+    """
+    return denoising_loss(reference_BCHW, target_BCHW) - denoising_loss(prediction_BCHW, target_BCHW)
+
+
+def diffusion_dpo(reward_chosen_P: Tensor, reward_rejected_P: Tensor, beta: float) -> Tensor:
+    """-log sigmoid(beta / 2 (R(chosen) - R(rejected))), as loss_P of P pairs: Diffusion-DPO (Wallace et al.
+    2023, arXiv 2311.12908, Eq. 14).
+
+    R are the implicit rewards of both images of a comparison, at the SAME timestep and noise. beta / 2 stands
+    for the paper's beta T omega(lambda_t), with squared errors averaged over the latents as here: so the
+    beta of 2000 (Stable Diffusion 1.5) and 5000 (SDXL) that the paper reports are this beta.
+    """
+    return -torch.nn.functional.logsigmoid(0.5 * beta * (reward_chosen_P - reward_rejected_P))
+
+
+def diffusion_kto(reward_B: Tensor, weight_B: Tensor, reference_point: Tensor, beta: float) -> Tensor:
+    """|w| (1 - sigmoid(sign(w) beta (R - Q))), as loss_B: Diffusion-KTO (Li et al. 2024, arXiv 2404.04465,
+    with the sigmoid as utility).
+
+    R are implicit rewards, w (`weight_B`) is above 0 for images judged good and below 0 for bad ones, and Q
+    (`reference_point`, a scalar without gradient) is what an image is better or worse than. An image far from
+    Q on either side teaches little more: the utility is flat there.
+    """
+    return weight_B.abs() * (1 - torch.sigmoid(weight_B.sign() * beta * (reward_B - reference_point)))
+
+
+def kto_reference_point(reward_sum: Tensor, count: int) -> Tensor:
+    """Q of diffusion_kto, a scalar: the mean implicit reward of the WHOLE batch, and at least 0, since it
+    stands for a divergence of f_theta from f_ref. `reward_sum` is summed over all workers and parts.
+    """
+    return (reward_sum / max(count, 1)).clamp_min(0).detach()
+
+
 def needs_reference(config: FinetuneConfig) -> bool:
     """Whether the objective compares the network with the frozen reference model."""
-    return config.objective in ("advantage_weighted_matching", "diffusion_nft")
+    return config.objective not in ("reward_weighted_likelihood", "pretraining_only")
+
+
+def preference_loss(
+    config: FinetuneConfig, reward_B: Tensor, weight_B: Tensor, reference_point: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """loss_B of implicit rewards by diffusion_kto or diffusion_dpo, and sums over B of metrics.
+
+    diffusion_dpo takes its images in pairs, chosen and rejected in turn, and gives both the loss of their
+    pair, so that losses add up over images as those of every other objective. Divided by its
+    steepness, so that the gradient where f_theta = f_ref is that of the implicit rewards themselves: neither
+    the pre-training term nor the clipping of gradients then weighs less beside a preference.
+
+    preference_margin: the implicit reward of a chosen image less that of its rejected one, or of a good
+    (less: bad) image beyond the reference point; it should grow. preference_accuracy: images for which it is
+    above 0.
+    """
+    if config.objective == "diffusion_dpo":
+        chosen_P, rejected_P = reward_B.view(-1, 2).unbind(dim=1)
+        margin_B = (chosen_P - rejected_P).repeat_interleave(2)
+        loss_P = diffusion_dpo(chosen_P, rejected_P, config.dpo_beta) * (2 / config.dpo_beta)
+        loss_B = loss_P.repeat_interleave(2)
+    else:
+        assert reference_point is not None
+        margin_B = weight_B.sign() * (reward_B - reference_point)
+        loss_B = diffusion_kto(reward_B, weight_B, reference_point, config.kto_beta) * (4 / config.kto_beta)
+    metrics = {"preference_margin": margin_B.sum(), "preference_accuracy": (margin_B > 0).float().sum()}
+    return loss_B, {name: value.detach() for name, value in metrics.items()}
 
 
 def model_loss(

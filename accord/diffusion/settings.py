@@ -13,7 +13,12 @@ Sharding = Literal["none", "fsdp"]
 Precision = Literal["float32", "bfloat16"]
 Weighting = Literal["raw", "threshold", "softmax"]
 Objective = Literal[
-    "reward_weighted_likelihood", "advantage_weighted_matching", "diffusion_nft", "pretraining_only"
+    "reward_weighted_likelihood",
+    "advantage_weighted_matching",
+    "diffusion_nft",
+    "diffusion_kto",
+    "diffusion_dpo",
+    "pretraining_only",
 ]
 
 # Of FinetuneConfig: what may change between two legs of a run, say after it ran out of memory.
@@ -102,10 +107,12 @@ class FinetuneConfig(Config):
 
     objective: Objective = "reward_weighted_likelihood"
     """reward_weighted_likelihood: Eq. 2, the paper's. advantage_weighted_matching and diffusion_nft replace
-    its first term by a signed one (accord.diffusion.objectives). pretraining_only: the second term of Eq. 2
-    alone, the control of every comparison."""
+    its first term by a signed one (accord.diffusion.objectives). diffusion_kto learns from what people called
+    good and bad, and diffusion_dpo from pairs of which they preferred one image, both without the reward.
+    pretraining_only: the second term of Eq. 2 alone, the control of every comparison."""
     images: Literal["all", "labelled"] = "all"
-    """labelled: only images that people judged; all: those too that only the reward has scored."""
+    """labelled: only images that people judged; all: those too that only the reward has scored.
+    (diffusion_kto and diffusion_dpo take the images of which people said something, either way.)"""
     steps: int = Field(default=10_000, ge=1)
     learning_rate: float = Field(default=1e-5, gt=0.0)
     batch_size: int = Field(default=256, ge=1)
@@ -130,6 +137,17 @@ class FinetuneConfig(Config):
     """advantage_weighted_matching: weight of the distance to the reference model."""
     nft_strength: float = Field(default=1.0, gt=0.0)
     """diffusion_nft: b, of the implicit policies; the lower, the further the model goes."""
+    kto_beta: float = Field(default=1000.0, gt=0.0)
+    """diffusion_kto: how soon an image counts as learned; the higher, the nearer to the reference model."""
+    kto_good_weight: float = Field(default=1.0, gt=0.0)
+    """diffusion_kto: weight of the loss of images that people called good."""
+    kto_bad_weight: float = Field(default=1.0, gt=0.0)
+    """diffusion_kto: ... and of those that they called bad; above kto_good_weight is aversion to losses."""
+    kto_good_share: float = Field(default=0.8, gt=0.0, lt=1.0)
+    """diffusion_kto: share of good images among those drawn, whatever their share among the judged ones."""
+    dpo_beta: float = Field(default=2000.0, gt=0.0)
+    """diffusion_dpo: the higher, the nearer to the reference model; the paper has 2000 for Stable Diffusion
+    1.5 and 5000 for SDXL."""
     timestep_power: float = Field(default=1.0, gt=0.0)
     """Timesteps are T * u**(1 / power), u uniform: 1 is uniform, more draws towards high noise."""
     condition_dropout: float = Field(default=0.1, ge=0.0, le=1.0)
@@ -169,6 +187,11 @@ class FinetuneConfig(Config):
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
 
+    @property
+    def is_preference(self) -> bool:
+        """Whether it learns from people's judgements themselves, and not from the reward."""
+        return self.objective in ("diffusion_kto", "diffusion_dpo")
+
     def decisive(self) -> dict[str, Any]:
         """What the trained weights depend on, as plain values: all but when it reports and saves, and in how
         many parts and where a batch is computed."""
@@ -185,6 +208,11 @@ class FinetuneConfig(Config):
             raise ValueError(
                 f"objective advantage_weighted_matching has no minimum unless anchor ({self.anchor}) is "
                 f"above advantage_clip ({self.advantage_clip}): raise the one or lower the other"
+            )
+        if self.objective == "diffusion_dpo" and self.batch_size % 2:
+            raise ValueError(
+                f"objective diffusion_dpo learns from pairs of images, so batch_size must be even; it is "
+                f"{self.batch_size}"
             )
         if self.pretraining_favourites and self.pretraining_threshold is None:
             raise ValueError(

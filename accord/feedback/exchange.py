@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from accord.artifacts import sha256_bytes, storage_errors, write_file
 from accord.errors import FeedbackError, ImageError
+from accord.feedback.rows import Row, json_rows, read_rows
 from accord.feedback.store import FeedbackStore
 from accord.feedback.tables import Candidate, Judgement, check_candidate, check_judgement, check_text
 from accord.images import ImageFolder
@@ -30,8 +31,6 @@ _CANDIDATE_FIELDS = tuple(field.name for field in dataclasses.fields(Candidate))
 _INTEGERS = ("seed", "width", "height")
 _COLUMNS = ("idempotency_key", "rater", "verdict", *_CANDIDATE_FIELDS)
 _REQUIRED = ("image", "prompt", "rater", "verdict")
-
-Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +104,7 @@ def import_judgements(
         StorageError: the disk is full.
     """
     path, kind = Path(path), format_of(path, kind)
-    try:
-        lines = list(_imagefolder_lines(path, images) if kind == "imagefolder" else _READERS[kind](path))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise FeedbackError(f"{path} cannot be read as {kind}: {error}") from None
+    lines = list(_lines(path, kind, images))
     rejected = [Rejected(line, row) for line, row in lines if isinstance(row, str)]
     known = {(c.image, c.prompt): c for c in store.candidates()}
     good: list[tuple[int, Candidate, Judgement]] = []
@@ -125,7 +121,7 @@ def import_judgements(
             rejected.append(Rejected(line, str(error)))
     candidates = judgements = refused = 0
     for start in range(0, len(good), _BATCH):
-        added, stored, wrong = _store(store, good[start : start + _BATCH])
+        added, stored, wrong = store_rows(store, good[start : start + _BATCH])
         candidates, judgements, refused = candidates + added, judgements + stored, refused + len(wrong)
         rejected += wrong
     return ImportReport(
@@ -200,52 +196,18 @@ _WRITERS: Mapping[str, Callable[[list[dict[str, Any]]], bytes | str]] = {
 }
 
 
-def _parquet_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
-    yield from enumerate(pq.read_table(path).to_pylist(), start=1)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
-    for line, data in enumerate(path.read_bytes().splitlines(), start=1):
-        if not data.strip():
-            continue
-        try:
-            row = json.loads(data)
-        except ValueError as error:
-            yield line, f"no JSON: {error}"
-            continue
-        yield line, row if isinstance(row, dict) else "no JSON object"
-
-
-def _csv_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
-    # Bytes that are no UTF-8 become lone surrogates, which the store's checks refuse row by row.
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True)
-    lacking = [name for name in _REQUIRED if name not in (reader.fieldnames or ())]
-    if lacking:
-        raise FeedbackError(f"{path} lacks the column(s) {', '.join(lacking)}")
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            yield reader.line_num, f"no CSV: {error}"
-            continue
-        if row is None:
-            return
-        if "" in row or None in row.values():
-            yield reader.line_num, f"expected {len(reader.fieldnames or ())} fields"
-        else:
-            yield reader.line_num, {name: value for name, value in row.items() if value != ""}
-
-
-_READERS: Mapping[str, Callable[[Path], Iterable[tuple[int, Row | str]]]] = {
-    "parquet": _parquet_lines,
-    "jsonl": _json_lines,
-    "csv": _csv_lines,
-}
+def _lines(path: Path, kind: str, images: ImageFolder | None) -> Iterator[tuple[int, Row | str]]:
+    if kind != "imagefolder":
+        yield from read_rows(path, kind, required=_REQUIRED if kind == "csv" else ())
+        return
+    try:
+        yield from _imagefolder_lines(path, images)
+    except OSError as error:
+        raise FeedbackError(f"{path} cannot be read as {kind}: {error}") from None
 
 
 def _imagefolder_lines(path: Path, images: ImageFolder | None) -> Iterator[tuple[int, Row | str]]:
-    for line, row in _json_lines(path / METADATA_NAME):
+    for line, row in json_rows(path / METADATA_NAME):
         if isinstance(row, str):
             yield line, row
             continue
@@ -311,10 +273,12 @@ def _judgement(row: Row) -> Judgement:
     return Judgement(key, image, prompt, rater, verdict)
 
 
-def _store(
+def store_rows(
     store: FeedbackStore, rows: list[tuple[int, Candidate, Judgement]]
 ) -> tuple[int, int, list[Rejected]]:
-    """New candidates, new judgements, and what was refused. All at once; when that is refused, row by row."""
+    """How many candidates and judgements are new, and what was refused, by line. All at once; when that is
+    refused, row by row.
+    """
     try:
         added = store.add_candidates(candidate for _, candidate, _ in rows)
     except FeedbackError as error:
@@ -331,7 +295,7 @@ def _one_by_one(
 ) -> tuple[int, int, list[Rejected]]:
     if len(rows) == 1:
         return 0, 0, [Rejected(rows[0][0], str(error))]
-    parts = [_store(store, [row]) for row in rows]
+    parts = [store_rows(store, [row]) for row in rows]
     return (
         sum(part[0] for part in parts),
         sum(part[1] for part in parts),

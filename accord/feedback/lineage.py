@@ -6,7 +6,12 @@ from pathlib import Path
 
 from accord.artifacts import MANIFEST_NAME, Manifest, read_manifest
 from accord.errors import ArtifactError
-from accord.feedback.snapshot import RATERS_NAME, SNAPSHOT_KIND, load_snapshot_raters
+from accord.feedback.snapshot import (
+    RATERS_NAME,
+    SNAPSHOT_KIND,
+    load_snapshot_comparisons,
+    load_snapshot_raters,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +74,11 @@ def _judgements_of(rater: str, path: Path, manifest: Manifest, unknown: list[tup
         return 0
     try:
         raters = load_snapshot_raters(path)
+        compared = sum(item.rater == rater for item in load_snapshot_comparisons(path))
     except ArtifactError as error:
         unknown.append((path, str(error)))
         return 0
-    return int(raters.loc[raters["rater"] == rater, "judgements"].sum())
+    return int(raters.loc[raters["rater"] == rater, "judgements"].sum()) + compared
 
 
 def _follow(manifests: list[tuple[Path, Manifest]], found: dict[Path, Affected]) -> None:

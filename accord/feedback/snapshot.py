@@ -1,10 +1,11 @@
 """Feedback snapshots: immutable, digested tables of what was judged, one row a candidate; and, so that a
-rater can be followed to what used his judgements, every judgement, and every rater.
+rater can be followed to what used his judgements, every judgement, rater, and answer to a comparison.
 
 A snapshot holds no times and no order of arrival: the same judgements give the same bytes, and so the same
 digest.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from accord.artifacts import Manifest, artifact_writer, read_manifest, verify
 from accord.errors import FeedbackError
 from accord.feedback.aggregate import Labels, VoteCount, find_aggregation, shares_by_category
+from accord.feedback.comparisons import Compared
 from accord.feedback.quality import krippendorff_alpha
 from accord.feedback.store import FeedbackStore, Judged
 from accord.feedback.tables import VERDICTS
@@ -26,6 +28,7 @@ SNAPSHOT_KIND = "feedback_snapshot"
 SNAPSHOT_NAME = "snapshot.parquet"
 JUDGEMENTS_NAME = "judgements.parquet"
 RATERS_NAME = "raters.parquet"
+COMPARISONS_NAME = "comparisons.parquet"  # there only if something was compared
 
 _SCHEMA = pa.schema(
     [
@@ -52,6 +55,19 @@ _RATERS_SCHEMA = pa.schema(
     ]
 )
 
+_DIGESTS = pa.list_(pa.field("element", pa.string()))  # the name that Parquet gives it
+_COMPARISONS_SCHEMA = pa.schema(
+    [
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("question", pa.string(), nullable=False),
+        pa.field("first", _DIGESTS, nullable=False),
+        pa.field("second", _DIGESTS, nullable=False),
+        pa.field("rater", pa.string(), nullable=False),
+        pa.field("answer", pa.string(), nullable=False),
+    ]
+)
+
 Key = tuple[str, str]  # image and prompt
 
 
@@ -63,11 +79,13 @@ def write_snapshot(
     seed: int,
     aggregation: str = "majority",
     only: Collection[Key] | None = None,
+    campaigns: Collection[str] = (),
 ) -> Manifest:
-    """Write what was judged until now as an artifact. Candidates that nobody judged are not in it.
+    """Write what was judged and compared until now as an artifact; not candidates that nobody judged.
 
     Args:
         only: the (image, prompt) that it is about; a store may hold those of other runs too. Without it, all.
+        campaigns: ids of comparison campaigns whose answers are in it too, whatever images they are of.
         inputs: digests of the artifacts that the candidates are from, by name.
         seed: the run's; it only goes into the manifest.
         aggregation: how votes become a label; see `accord.feedback.aggregate`.
@@ -80,7 +98,8 @@ def write_snapshot(
     judged = store.judged()
     if only is not None:
         judged = {key: item for key, item in judged.items() if key in only}
-    if not judged:
+    compared = store.compared(campaigns, only)
+    if not judged and not compared:
         raise FeedbackError(
             f"{store} holds no judgements, so there is nothing to take a snapshot of; let raters judge first"
         )
@@ -91,6 +110,9 @@ def write_snapshot(
         _write(temporary / SNAPSHOT_NAME, _SCHEMA, _candidate_rows(judged, labels))
         _write(temporary / JUDGEMENTS_NAME, _JUDGEMENTS_SCHEMA, _judgement_rows(judged))
         _write(temporary / RATERS_NAME, _RATERS_SCHEMA, _rater_rows(judged, labels))
+        if compared:
+            rows = (dataclasses.astuple(item) for item in compared)
+            _write(temporary / COMPARISONS_NAME, _COMPARISONS_SCHEMA, rows)
     return read_manifest(directory)
 
 
@@ -164,6 +186,18 @@ def load_snapshot_judgements(directory: str | Path) -> pd.DataFrame:
     verify(directory, SNAPSHOT_KIND)
     frame: pd.DataFrame = read_table(Path(directory) / JUDGEMENTS_NAME, _JUDGEMENTS_SCHEMA).to_pandas()
     return frame
+
+
+def load_snapshot_comparisons(directory: str | Path) -> list[Compared]:
+    """The answers to comparisons in a snapshot, in order; empty where there are none.
+
+    Raises:
+        ArtifactError: it is missing, was changed, or is something else.
+    """
+    if COMPARISONS_NAME not in verify(directory, SNAPSHOT_KIND).files:
+        return []
+    rows = read_table(Path(directory) / COMPARISONS_NAME, _COMPARISONS_SCHEMA).to_pylist()
+    return [Compared(**{**row, "first": tuple(row["first"]), "second": tuple(row["second"])}) for row in rows]
 
 
 def load_snapshot_raters(directory: str | Path) -> pd.DataFrame:

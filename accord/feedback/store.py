@@ -8,7 +8,7 @@ import dataclasses
 import datetime
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from sqlalchemy import Column, Connection, Select, Table, and_, func, insert, se
 from accord.errors import FeedbackError
 from accord.feedback.aggregate import VoteCount, shares_by_category
 from accord.feedback.campaign_tables import tasks
+from accord.feedback.comparisons import Compared, read_compared, store_compared
 from accord.feedback.counting import counted
 from accord.feedback.database import Database
 from accord.feedback.tables import (
@@ -182,6 +183,29 @@ class FeedbackStore:
         for item in found.values():
             item.votes.sort()
         return dict(sorted(found.items()))
+
+    def compared(
+        self, named: Collection[str] = (), only: Collection[tuple[str, str]] | None = None
+    ) -> list[Compared]:
+        """The answers to comparisons that count, in order.
+
+        Args:
+            named: ids of campaigns whose answers are all read.
+            only: in the others, comparisons of these (image, prompt) alone. Without it, every comparison.
+        """
+        with self._database.reading() as connection:
+            return read_compared(connection, named, only)
+
+    def add_compared(self, campaign_id: str, title: str, items: Sequence[Compared]) -> int:
+        """Store comparisons answered elsewhere as a campaign, complete; how many answers are new.
+
+        Made again of the same answers it is the same campaign.
+
+        Raises:
+            FeedbackError: what cannot be stored, or a campaign of that id with other content.
+            StorageError: the disk is full.
+        """
+        return self._database.write(lambda now: store_compared(now, campaign_id, title, items))
 
     def gold(self) -> dict[tuple[str, str], bool]:
         """The known answers of gold items, by (image, prompt); True is good. Contradictions are left out."""

@@ -16,7 +16,7 @@ from accord.diffusion.finetune import Finetuner
 from accord.diffusion.model import load_diffusion_model
 from accord.diffusion.sharding import shard
 from accord.errors import ConfigError
-from tests.diffusion.tuning import config, make_data
+from tests.diffusion.tuning import config, judged
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +30,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "fsdp": {"sharding": "fsdp", **SIGNED},
     # Some parts have no generated image, whose reference is the sharded network itself.
     "fsdp-lora": {"sharding": "fsdp", **LORA, **SIGNED, "gradient_accumulation": 4},
+    "ddp-kto": {"objective": "diffusion_kto", "kto_good_share": 0.95},
+    "fsdp-lora-kto": {"sharding": "fsdp", **LORA, "objective": "diffusion_kto", "gradient_accumulation": 4},
     # Frozen weights in bfloat16 beside adapters in float32.
     "fsdp-bfloat16": {"sharding": "fsdp", **LORA, "precision": "bfloat16", "gradient_checkpointing": True},
 }
@@ -45,7 +47,7 @@ def work(rank: int, directory: Path, out: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
     model = load_diffusion_model(directory)
     for way in WAYS:
-        make = partial(Finetuner, model, make_data(model), settings(way), seed=5, rank=rank, world_size=2)
+        make = partial(Finetuner, model, judged(model), settings(way), seed=5, rank=rank, world_size=2)
         wrap = shard if way.startswith("fsdp") else DistributedDataParallel
         tuner = make(wrap=wrap)
         losses = []
@@ -63,7 +65,7 @@ def work(rank: int, directory: Path, out: Path) -> None:
     with pytest.raises(ConfigError, match=r"share evenly: batch_size \+ .* is 4 \+ 3"):
         Finetuner(
             model,
-            make_data(model),
+            judged(model),
             config(batch_size=4, pretraining_batch_size=3, sharding="fsdp"),
             seed=5,
             rank=rank,
@@ -79,7 +81,7 @@ def out(tiny_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("distributed")
     model = load_diffusion_model(tiny_directory)
     for way in WAYS:
-        alone = Finetuner(model, make_data(model), settings(way), seed=5)
+        alone = Finetuner(model, judged(model), settings(way), seed=5)
         losses = []
         for step in range(STEPS):
             losses.append(alone.step()["loss"])
@@ -112,7 +114,7 @@ def test_two_workers_are_one(out: Path, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_one_goes_on_from_the_checkpoint_of_two(out: Path, tiny_directory: Path, way: str) -> None:
     model = load_diffusion_model(tiny_directory)
-    alone = Finetuner(model, make_data(model), settings(way), seed=5)
+    alone = Finetuner(model, judged(model), settings(way), seed=5)
     alone.load(out / way / "step-1")
     loss = alone.step()["loss"]
     expected = load_tensors(out / f"{way}.safetensors")["losses"][1]

@@ -1,5 +1,7 @@
 """A small fine-tuning, for tests."""
 
+from dataclasses import replace
+
 import torch
 
 from accord.diffusion.encode import encode_prompts
@@ -20,6 +22,15 @@ def make_data(model: DiffusionModel, images: int = 6, pretraining: int = 5) -> F
         text_KTD=text_KTD,
         empty_text_TD=encode_prompts(model, [""])[0],
     )
+
+
+# What people said of six images, which are of prompts 0, 1, 2, 0, 1 and 2.
+LABELS = torch.tensor([1.0, -1.0, 0.0, -0.5, 1.0, -1.0])
+PAIRS = torch.tensor([[0, 3], [4, 1]])
+
+
+def judged(model: DiffusionModel) -> FinetuneData:
+    return replace(make_data(model), label_N=LABELS, pair_Q2=PAIRS)
 
 
 def config(**changes: object) -> FinetuneConfig:
