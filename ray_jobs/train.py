@@ -24,6 +24,7 @@ from accord.config import load_object
 from accord.errors import AccordError
 from ray_jobs import cluster
 from ray_jobs.progress import Bar, bar, bars
+from ray_jobs.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from accord.recipe import RayConfig
@@ -74,9 +75,23 @@ class Training:
     checkpoint_every: int
     title: str
     tracking: Tracking = Tracking()
+    snapshots: Snapshots | None = None
+    """Left for a Watch, which may end the training before its last step."""
 
 
-def train(trainings: Sequence[Training], storage: Path, config: RayConfig) -> list[Path]:
+class Watch(Protocol):
+    """What looks at a training's snapshots while it goes on (ray_jobs.guards)."""
+
+    def poll(self) -> None:
+        """Called several times a second; must not wait. Without Ray: after each snapshot, and may."""
+
+    def finish(self) -> None:
+        """Called when the trainings have ended: looks at what is left."""
+
+
+def train(
+    trainings: Sequence[Training], storage: Path, config: RayConfig, watch: Watch | None = None
+) -> list[Path]:
     """Trains each to its last step, from its newest checkpoint in `storage`/NAME; the paths of the final
     checkpoints.
 
@@ -84,12 +99,14 @@ def train(trainings: Sequence[Training], storage: Path, config: RayConfig) -> li
     from every node. Raises the AccordError of a worker as itself.
     """
     if config.local:
-        return [_train_here(training, storage.resolve() / training.name, config) for training in trainings]
+        return [
+            _train_here(training, storage.resolve() / training.name, config, watch) for training in trainings
+        ]
     cluster.ensure(config)
     with bars() as progress:
         runs = [_Run(training, storage.resolve() / training.name, config) for training in trainings]
         shown = [progress.add(run.training.title, run.training.steps, "steps") for run in runs]
-        together = len(runs) > 1 and cluster.has_room(config, len(runs))
+        together = len(runs) > 1 and cluster.has_room(config, len(runs), generators=watch is not None)
         for group in [runs] if together else [[run] for run in runs]:
             for run in group:
                 run.start()
@@ -97,12 +114,16 @@ def train(trainings: Sequence[Training], storage: Path, config: RayConfig) -> li
                 for run in group:
                     run.join(POLL_S / len(group))
                     _show(run.directory, shown[runs.index(run)])
+                if watch is not None:
+                    watch.poll()
             for run in group:
                 run.result()
+    if watch is not None:
+        watch.finish()
     return [run.result() for run in runs]
 
 
-def _train_here(training: Training, directory: Path, config: RayConfig) -> Path:
+def _train_here(training: Training, directory: Path, config: RayConfig, watch: Watch | None) -> Path:
     """One training in this process, from its newest checkpoint; the path of the final one."""
     import torch
 
@@ -118,18 +139,26 @@ def _train_here(training: Training, directory: Path, config: RayConfig) -> Path:
         bar(training.title, training.steps, "steps") as progress,
         _tracker(asdict(training), directory) as run,
     ):
-        while learner.step_index < training.steps:
+        ended = _stopped(training.snapshots)
+        while learner.step_index < training.steps and not ended:
             metrics = learner.step()
             step = learner.step_index
-            if step % training.log_every == 0 or step == training.steps:
-                values = _values(learner, metrics, last=step == training.steps)
+            if training.snapshots is not None and watch is not None and training.snapshots.at(step):
+                take_snapshot(learner, training.snapshots, rank=0)
+                watch.poll()
+                ended = _stopped(training.snapshots)
+            last = ended or step == training.steps
+            if step % training.log_every == 0 or last:
+                values = _values(learner, metrics, last=last)
                 progress.update(step, _loss_note(values.get("loss")))
                 run.log(step, **values)
-            if step % training.checkpoint_every == 0 or step == training.steps:
+            if step % training.checkpoint_every == 0 or last:
                 learner.save(directory / f"step-{step:08d}")
                 for old in sorted(directory.glob("step-*"))[:-CHECKPOINTS_KEPT]:
                     shutil.rmtree(old)
-    return directory / f"step-{training.steps:08d}"
+    if watch is not None and training.snapshots is not None:
+        watch.finish()
+    return directory / f"step-{learner.step_index:08d}"
 
 
 class _Run(threading.Thread):
@@ -225,10 +254,16 @@ def _loop(learner: Learner, training: dict[str, Any], directory: Path, rank: int
     import ray.train
 
     last = training["steps"]
+    snapshots = Snapshots(**training["snapshots"]) if training["snapshots"] else None
     _note_progress(directory, learner.step_index, {}, rank)
     while learner.step_index < last:
         metrics = learner.step()
         step = learner.step_index
+        if snapshots is not None and snapshots.at(step):
+            take_snapshot(learner, snapshots, rank)
+        looks = snapshots is not None and (step % training["log_every"] == 0 or snapshots.at(step))
+        if snapshots is not None and looks and _all_stopped(snapshots, rank):
+            last = step
         if rank == 0 and (step % training["log_every"] == 0 or step == last):
             values = _values(learner, metrics, last=step == last)
             _note_progress(directory, step, values, rank)
@@ -242,6 +277,30 @@ def _loop(learner: Learner, training: dict[str, Any], directory: Path, rank: int
                 checkpoint_dir_name=f"step-{step:08d}",
                 delete_local_checkpoint_after_upload=True,
             )
+
+
+def take_snapshot(learner: Any, snapshots: Snapshots, rank: int) -> None:
+    """The averaged weights, for the guards. All workers call it; one writes."""
+    if rank == 0:
+        snapshots.take(learner.averaged_unet(), learner.step_index)
+
+
+def _stopped(snapshots: Snapshots | None) -> bool:
+    return snapshots is not None and snapshots.must_stop()
+
+
+def _all_stopped(snapshots: Snapshots, rank: int) -> bool:
+    """What rank 0 sees, so that all workers end at the same step."""
+    import torch
+    import torch.distributed as dist
+
+    stopped = rank == 0 and snapshots.must_stop()
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return stopped
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    word = torch.tensor([int(stopped)], device=device)
+    dist.broadcast(word, src=0)
+    return bool(word.item())  # device-to-host sync, with those of the log
 
 
 def _values(learner: Learner, metrics: Mapping[str, Any], *, last: bool) -> dict[str, float]:

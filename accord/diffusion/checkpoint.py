@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 KIND = "finetune_checkpoint"
 # What may differ between two legs of a run: when it reports, saves, and in how many parts a batch is
 # computed.
-FREE_KEYS = frozenset({"log_every", "checkpoint_every", "gradient_accumulation"})
+FREE_KEYS = frozenset({"log_every", "checkpoint_every", "gradient_accumulation", "guards"})
 
 
 def save(finetuner: Finetuner, directory: str | Path) -> Manifest:

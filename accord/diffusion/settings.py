@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from accord.config import Config
+from accord.guards.settings import GuardsConfig
 
 Precision = Literal["float32", "bfloat16"]
 Weighting = Literal["raw", "threshold", "softmax"]
@@ -127,6 +128,8 @@ class FinetuneConfig(Config):
     precision: Precision = "float32"
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
+    guards: GuardsConfig | None = None
+    """What watches the training for reward hacking, and ends it; null: nothing does."""
 
     @model_validator(mode="after")
     def _terms_have_images(self) -> FinetuneConfig:

@@ -133,3 +133,20 @@ def write_recipe(directory: Path, model: Path, clip: Path) -> Path:
     path = directory / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def greenness() -> Any:
+    """A held-out judge: how green an image is."""
+    return lambda images_BHWC, prompts: np.asarray(images_BHWC, dtype=float)[..., 1].mean(axis=(1, 2)) / 255
+
+
+def faithfulness() -> Any:
+    """A held-out judge that likes an image the less, the more it differs from the first that it saw there."""
+    first: list[NDArray[np.uint8]] = []
+
+    def judge(images_BHWC: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float64]:
+        first.append(images_BHWC)
+        gap = np.abs(images_BHWC.astype(float) - first[0].astype(float))
+        return np.asarray(-gap.mean(axis=(1, 2, 3)) / 255)
+
+    return judge
