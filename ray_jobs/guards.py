@@ -315,6 +315,20 @@ def load_measurements(run_dir: Path) -> list[Measured]:
     return rows
 
 
+def summary(run_dir: Path, config: GuardsConfig) -> dict[str, Any]:
+    """What was measured and what the rule says of it, for summary.json."""
+    rows = sorted(load_measurements(run_dir), key=lambda row: row.step)
+    names = dict.fromkeys(name for row in rows for name in row.by_prompt)
+    means = {name: [(row.step, row.mean(name)) for row in rows] for name in names}
+    return {
+        "decision": decide(rows, config).as_dict(),
+        "measures": {
+            name: [[step, value if np.isfinite(value) else None] for step, value in points]
+            for name, points in means.items()
+        },
+    }
+
+
 def _sheet(images_BHWC: Pixels, columns: int) -> NDArray[np.uint8]:
     """A row a prompt."""
     rows = [

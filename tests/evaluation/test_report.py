@@ -42,6 +42,7 @@ HEADINGS = [
     "Best of many",
     "Served over gRPC",
     "Alignment against fidelity",
+    "While it was fine-tuned",
     "Success by split and category",
     "What the raters prefer",
     "Does the reward know?",
@@ -288,6 +289,7 @@ def all_plots(summary: dict[str, Any]) -> dict[str, str]:
         **{f"success {split}": plots.success_panel(summary, split) for split in splits},
         **{f"calibration {split}": plots.calibration(summary, split) for split in splits},
         **{f"ranking {metric}": plots.ranking(summary, metric) for metric in ("auc", "pairwise_accuracy")},
+        **guard_plots(summary),
     }
 
 
@@ -302,6 +304,15 @@ def test_plots_are_well_formed_and_take_their_colours_from_the_page() -> None:
 def test_plots_of_nothing_are_empty() -> None:
     assert set(all_plots({}).values()) == {""}
     assert set(all_plots(nulled(example_summary())).values()) == {""}
+
+
+def test_guards_are_drawn_only_where_they_measured() -> None:
+    summary = example_summary()
+    assert list(guard_plots(summary)) == ["Training reward", "Held-out judge", "Too many objects"]
+    assert "stroke-dasharray" in guard_plots(summary)["Held-out judge"]
+    summary["guards"]["decision"]["tripped"] = False
+    assert "stroke-dasharray" not in guard_plots(summary)["Held-out judge"]
+    assert guard_plots({}) == {}
 
 
 def test_a_higher_success_stands_further_right() -> None:
