@@ -4,9 +4,9 @@ python -m benchmarks.guards --seeds 3 --json guards.json
 
 Each round draws images of the model as it is by then, rates them by their mean saturation and fine-tunes on
 them (DiffusionNFT, no pre-training images: nothing else holds the model back). After each round the guards
-measure it; the held-out judge is CLIP's similarity of image and prompt, which nothing is trained on. A guarded
-training is the same training, ended where the rule says so: both are read off one run. The evaluator's success,
-which neither the training nor the guards see, tells who was right.
+measure it; the held-out judge is CLIP's similarity of image and prompt, which nothing is trained on. A
+guarded training is the same training, ended where the rule says so: both are read off one run. The
+evaluator's success, which neither the training nor the guards see, tells who was right.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from accord.evaluation.report import (
     results_table,
     tables,
 )
+from accord.evaluation.report.guards import guard_plots
 from accord.evaluation.report.numbers import DASH, Estimate
 from accord.evaluation.summary import build_summary, compute_verdict
 from tests.evaluation.report_example import draw, example_gallery, example_run_info, example_summary
@@ -230,7 +231,11 @@ def test_one_missing_number_is_a_dash_among_the_others() -> None:
 def test_reports_a_real_summary() -> None:
     summary = build_summary(**comparison())
     html = build_report(summary, EMPTY, {"name": "made up"})
-    assert [h for h in HEADINGS if f"<h2>{h}</h2>" not in html] == ["Before and after", "Served over gRPC"]
+    assert [h for h in HEADINGS if f"<h2>{h}</h2>" not in html] == [
+        "Before and after",
+        "Served over gRPC",
+        "While it was fine-tuned",
+    ]
     assert summary["verdict"][0] in Page(html).texts
     assert len(re.findall(r'class="plot"', html)) >= 8
     gain = numbers.points(numbers.estimate(summary, "gain", "aligned", "seen", "overall"))
