@@ -37,7 +37,6 @@ from accord.shapes.guards import too_many_objects
 from benchmarks.tables import describe, spread, table, write_json
 
 MODEL, CLIP = "pkg://accord.shapes/weights/diffusion", "pkg://accord.shapes/weights/clip"
-SAMPLER = SamplerConfig(steps=10, guidance_scale=2.0)
 SHOWN = ("reward", "held_out", "success", "saturation", "edge_density", "diversity", "reference_distance")
 
 
@@ -45,14 +44,20 @@ SHOWN = ("reward", "held_out", "success", "saturation", "edge_density", "diversi
 class Plan:
     """How long, and how hard, the reward is chased."""
 
-    rounds: int = 8
-    steps: int = 10
+    rounds: int = 5
+    steps: int = 16
     prompts: int = 16
     images_per_prompt: int = 4
     batch_size: int = 16
-    learning_rate: float = 5e-4
-    nft_strength: float = 0.3
+    learning_rate: float = 2e-4
+    nft_strength: float = 0.2
     guard_prompts: int = 12
+    sampler_steps: int = 10
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """Of the images that are learned from, and of those that are measured."""
+        return SamplerConfig(steps=self.sampler_steps, guidance_scale=2.0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def hack(seed: int, plan: Plan, guards: GuardsConfig, say: Callable[[str], None]
         PromptPlan(per_category={Category.COMBINATION: plan.prompts + plan.guard_prompts}), seed
     )
     texts = [prompt.text for prompt in drawn]
-    probe = make_probe(base, texts[plan.prompts :], seed)
+    probe = make_probe(base, texts[plan.prompts :], seed, plan.sampler)
     measured = [probe.measure(0)[0]]
     model, stopped = base, False
     for number in range(plan.rounds):
@@ -90,7 +95,7 @@ def hack(seed: int, plan: Plan, guards: GuardsConfig, say: Callable[[str], None]
     return Outcome(measured, decide(measured, guards))
 
 
-def make_probe(base: DiffusionModel, prompts: Sequence[str], seed: int) -> Probe:
+def make_probe(base: DiffusionModel, prompts: Sequence[str], seed: int, sampler: SamplerConfig) -> Probe:
     """Measures with the planted reward, the held-out judge, and the evaluator's success beside them."""
     clip, evaluator, grammar = ClipEncoder(CLIP), ShapesEvaluator(), load_grammar("shapes")
 
@@ -105,7 +110,7 @@ def make_probe(base: DiffusionModel, prompts: Sequence[str], seed: int) -> Probe
         base,
         prompts,
         4,
-        SAMPLER,
+        sampler,
         seed,
         reward=lambda images, _: saturation(images),
         held_out=similarity,
@@ -122,7 +127,7 @@ def fine_tune(
     seeds = np.random.default_rng([seed, number]).integers(0, 2**31, len(each)).tolist()
     latents_NCHW = torch.cat(
         [
-            sample_latents(model, each[start : start + 32], seeds[start : start + 32], SAMPLER)
+            sample_latents(model, each[start : start + 32], seeds[start : start + 32], plan.sampler)
             for start in range(0, len(each), 32)
         ]
     )
