@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import grpc
-import torch
 import typer
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from accord.config import resolve_path
+from accord.cpu import use_cpu
 from benchmarks.local import measure_ceiling
 from benchmarks.remote import Client, Remote, started
 from benchmarks.rivals import Settings
@@ -70,7 +70,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Where to write all numbers.")] = None,
 ) -> None:
     """Prints a Markdown table: at the ceiling's rate, and at several times it."""
-    torch.set_num_threads(threads)
+    use_cpu(threads)
     ceiling = measure_ceiling(resolve_path(model), device).images_per_s(SINGLE)
     settings = Settings(model, device, threads, capacity=capacity)
     with started("accord", settings) as remote:

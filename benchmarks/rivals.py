@@ -40,8 +40,8 @@ class Settings:
     """Rows of the UNet's batch."""
     capacity: int = 4096
     """accord: candidates that are admitted at a time."""
-    own_process: bool = False
-    """accord: the engine in a process of its own."""
+    own_process: bool = True
+    """accord: the engine in a process of its own, as by default on a CPU."""
     rate: float = 100_000.0
     """accord: requests a second that one token may send."""
 

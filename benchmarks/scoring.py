@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import torch
 import typer
 
+from accord.cpu import use_cpu
 from accord.images import encode_png
 from accord.prompts import load_grammar
+from accord.shapes.scene import random_scene, render
 from accord.v1 import reward_pb2
 from benchmarks.remote import Client, started
 from benchmarks.rivals import Settings
@@ -32,7 +33,6 @@ def main(
         str, typer.Option(help="The reward model's directory; it must be the server's.")
     ] = REWARD,
     pairs: Annotated[int, typer.Option(help="In a request.")] = 64,
-    size: Annotated[int, typer.Option(help="Height and width of the images, in pixels.")] = 64,
     repeats: Annotated[int, typer.Option(help="Calls of each, in turn.")] = 15,
     threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 1,
     json: Annotated[Path | None, typer.Option(help="Where to write all numbers.")] = None,
@@ -40,9 +40,9 @@ def main(
     """Prints a Markdown table: milliseconds for a batch, both ways, and their ratio."""
     from services.reward.deployment import Perturbations, ScoreRequest, load_reward, score_all
 
-    torch.set_num_threads(threads)
+    use_cpu(threads)
     random = np.random.default_rng(0)
-    images = [random.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(pairs)]
+    images = [render(random_scene(random)) for _ in range(pairs)]
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(pairs)]
     model, perturbations = load_reward(reward), Perturbations(load_grammar("shapes"), 10)
     asked = ScoreRequest(model.digest, tuple(images), tuple(prompts), True)
@@ -74,7 +74,7 @@ def main(
             print(f"{repeat + 1} of {repeats + 2}", file=sys.stderr)
         client.close()
     ratios = [served / direct for direct, served in zip(times_ms["direct"], times_ms["served"], strict=True)]
-    print(f"\n{describe('cpu')}; {pairs} pairs of {size} x {size} pixels\n")
+    print(f"\n{describe('cpu')}; {pairs} pairs of {' x '.join(map(str, images[0].shape[:2]))} pixels\n")
     row = [spread(times_ms["direct"]), spread(times_ms["served"]), spread(ratios)]
     print(table(["direct ms", "served ms", "served / direct"], [row]))
     write_json(json, "cpu", {"pairs": pairs, "repeats": repeats}, times_ms)

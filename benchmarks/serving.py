@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from accord.config import resolve_path
+from accord.cpu import use_cpu
 from benchmarks.local import Ceiling, measure_ceiling
 from benchmarks.remote import Client, started
 from benchmarks.report import report
@@ -34,16 +34,16 @@ def main(
     load: Annotated[
         list[float], typer.Option(help="Arrivals, as shares of the ceiling; above 1 shows the capacity.")
     ] = [0.3, 0.6, 1.3],  # noqa: B006
-    images: Annotated[int, typer.Option(help="Images in a run.")] = 150,
+    images: Annotated[int, typer.Option(help="Images in a run.")] = 300,
     repeats: Annotated[int, typer.Option(help="Runs of each; every one with new arrivals.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the arrivals.")] = 0,
     wait_s: Annotated[float, typer.Option(help="How long static batching waits.")] = 1.0,
     max_batch: Annotated[int, typer.Option(help="Rows of the UNet's batch.")] = 64,
-    own_process: Annotated[bool, typer.Option(help="Accord's engine in a process of its own.")] = False,
+    own_process: Annotated[bool, typer.Option(help="Accord's engine in a process of its own.")] = True,
     json: Annotated[Path | None, typer.Option(help="Where to write all numbers.")] = None,
 ) -> None:
     """Prints a Markdown table of images per second and latency."""
-    torch.set_num_threads(threads)
+    use_cpu(threads)
     settings = Settings(model, device, threads, wait_s, max_batch, own_process=own_process)
     runs: list[dict[str, Any]] = []
     for repeat in range(repeats):

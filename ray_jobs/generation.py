@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from accord.artifacts import canonical_json, sha256_bytes, write_file
+from accord.cpu import use_cpu
 from accord.diffusion.settings import SamplerConfig
 from accord.images import ImageFolder, encode_png
 from ray_jobs import cluster
@@ -171,7 +172,7 @@ class _Generator:
     def __init__(self, images: str, work: str, threads: int) -> None:
         import torch
 
-        torch.set_num_threads(threads)
+        use_cpu(threads)
         self.folder = ImageFolder(images)
         self.work = Path(work)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"

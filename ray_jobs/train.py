@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from accord.artifacts import write_file
 from accord.config import load_object
+from accord.cpu import use_cpu
 from accord.errors import AccordError
 from ray_jobs import cluster
 from ray_jobs.progress import Bar, bar, bars
@@ -127,7 +128,7 @@ def _train_here(training: Training, directory: Path, config: RayConfig, watch: W
     """One training in this process, from its newest checkpoint; the path of the final one."""
     import torch
 
-    torch.set_num_threads(config.threads_per_worker)
+    use_cpu(config.threads_per_worker)
     build: Build = load_object(training.build)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     learner = build(rank=0, world_size=1, wrap=None, device=device, **training.arguments)
@@ -224,9 +225,8 @@ def _worker(settings: dict[str, Any]) -> Any:  # Ray hands on what rank 0 return
     """
     import ray.train
     import ray.train.torch
-    import torch
 
-    torch.set_num_threads(settings["threads"])
+    use_cpu(settings["threads"])
     training = settings["training"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()

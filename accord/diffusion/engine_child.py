@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import torch
 
+from accord.cpu import use_cpu
 from accord.diffusion.engine import Engine, EngineConfig, SampleSpec, Ticket
 from accord.diffusion.model import load_diffusion_model
 from accord.diffusion.process_engine import ERRORS, read_frame, write_frame
@@ -24,7 +25,7 @@ class Child:
     """Ends when its input does."""
 
     def __init__(self, settings: dict[str, Any], source: IO[bytes], sink: IO[bytes]) -> None:
-        torch.set_num_threads(settings["threads"])
+        use_cpu(settings["threads"])
         config = EngineConfig.model_validate(settings["config"])
         self._engine = Engine(config, device=settings["device"], dtype=getattr(torch, settings["dtype"]))
         self._source, self._sink = source, sink

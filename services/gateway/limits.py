@@ -24,7 +24,7 @@ Resource = Literal["candidates", "pairs"]
 LEASE_S = 10.0
 RENEW_S = 2.0
 ACTIVE_S = 2.0
-"""A token counts as competing for so long after it last asked or held anything."""
+"""A token counts as competing for so long after it last asked, or was told to ask again."""
 REFUSED_S = 0.05
 """For so long a gateway repeats a refusal without asking: a flood then costs the limiter nothing."""
 ASK_S = 1.0
@@ -78,7 +78,7 @@ class FairLimiter:
         self._leases: dict[str, _Lease] = {}
         self._buckets: dict[str, _Bucket] = {}
         self._resources: dict[str, _Resource] = {"candidates": _Resource(), "pairs": _Resource()}
-        self._asked: dict[tuple[str, str], float] = {}
+        self._competing: dict[tuple[str, str], float] = {}  # until when, without another request
 
     def configure(self, limits: Limits) -> None:
         self._limits = limits
@@ -96,14 +96,16 @@ class FairLimiter:
         if wait_s > 0:
             return Refusal("RATE_LIMITED", wait_s)
         state = self._resources[resource]
-        self._asked[token, resource] = now
+        self._competing[token, resource] = now + ACTIVE_S
         used = state.by_token.get(token, 0)
         own, capacity = self._bounds(limit, resource)
         if used and used + cost > own:
             return Refusal("CONCURRENCY_LIMITED", self._room_after(state, cost, own))
         share = capacity * limit.share / self._weights(resource, now)
         if state.total and (state.total + cost > capacity or (used and used + cost > share)):
-            return Refusal("CAPACITY_EXHAUSTED", self._room_after(state, cost, capacity))
+            wait_s = self._room_after(state, cost, capacity)
+            self._competing[token, resource] += wait_s  # it keeps its place while it waits as told
+            return Refusal("CAPACITY_EXHAUSTED", wait_s)
         self._buckets[token].level -= 1
         self._take(lease, _Lease(gateway, token, resource, cost, now, now + LEASE_S))
         return None
@@ -161,9 +163,9 @@ class FairLimiter:
 
     def _weights(self, resource: Resource, now: float) -> float:
         """Sum of the shares of all tokens that hold or lately asked for the resource."""
-        self._asked = {key: at for key, at in self._asked.items() if now - at < ACTIVE_S}
+        self._competing = {key: until for key, until in self._competing.items() if now < until}
         holders = set(self._resources[resource].by_token)
-        competing = holders | {token for token, asked in self._asked if asked == resource}
+        competing = holders | {token for token, asked in self._competing if asked == resource}
         return sum(self._limit(token).share for token in competing)
 
     @staticmethod

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accord.config import resolve_path, validate
+from accord.cpu import use_cpu
 from accord.diffusion.engine import Engine, EngineClosed, EngineConfig, EngineFull, SampleSpec, Ticket
 from accord.diffusion.model import DiffusionModel, load_diffusion_model
 from accord.diffusion.process_engine import ProcessEngine
@@ -77,12 +78,12 @@ class Generation:
 
         self._settings = GenerationSettings.model_validate(settings)
         engine = self._settings.engine
-        torch.set_num_threads(engine.threads)
+        use_cpu(engine.threads)
         config = validate(EngineConfig, dict(engine.options), "generation.engine.options")
         dtype = getattr(torch, engine.dtype)
         self._engine: Engine | ProcessEngine = (
             ProcessEngine(config, device=engine.device, dtype=dtype, threads=engine.threads)
-            if engine.own_process
+            if engine.own_process or (engine.own_process is None and engine.device == "cpu")
             else Engine(config, device=engine.device, dtype=dtype)
         )
         self._shelf: Shelf[DiffusionModel] = Shelf(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from ray import serve
 
 from accord.artifacts import content_digest
 from accord.config import resolve_path
+from accord.cpu import use_cpu
 from accord.errors import PromptError
 from accord.prompts import Grammar, load_grammar
 from accord.reward import features
@@ -29,6 +31,7 @@ from services.metrics import RewardMetrics
 from services.models import Catalogue, Missing, Shelf, as_table
 
 Pixels = NDArray[np.uint8]
+logger = logging.getLogger(__name__)
 SWEEP_S = 1.0
 
 
@@ -55,10 +58,8 @@ class Reward:
     """A replica. `settings` is a dumped RewardSettings."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        import torch
-
         self._settings = RewardSettings.model_validate(settings)
-        torch.set_num_threads(self._settings.threads)
+        use_cpu(self._settings.threads)
         self._worker = ThreadPoolExecutor(1, "reward")
         self._loader = ThreadPoolExecutor(1, "reward loader")
         self._perturbations = Perturbations(load_grammar(self._settings.grammar), self._settings.num_prompts)
@@ -87,7 +88,9 @@ class Reward:
         with self._shelf.use(request.digest) as model:
             if model is None:
                 return Missing(request.digest)
-            result: Scores = await self._score_batch((model, request))
+            result: Scores | None = await self._score_batch((model, request))
+            if result is None:
+                raise RuntimeError("the pairs could not be scored; the replica's log says why")
             return result
 
     async def process_id(self) -> int:
@@ -95,10 +98,10 @@ class Reward:
         return os.getpid()
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
-    async def _score_batch(self, items: list[tuple[RewardModel, ScoreRequest]]) -> list[Scores]:
+    async def _score_batch(self, items: list[tuple[RewardModel, ScoreRequest]]) -> list[Scores | None]:
         begun, count = time.monotonic(), sum(len(request.images) for _, request in items)
         scores = await asyncio.get_running_loop().run_in_executor(
-            self._worker, score_all, items, self._perturbations
+            self._worker, score_each, items, self._perturbations
         )
         self._metrics.images.inc(count)
         self._metrics.batch.observe(count)
@@ -147,6 +150,19 @@ def load_reward(directory: str, device: str = "cpu") -> RewardModel:
     encoder = ClipEncoder(directory, device)
     head = RewardHead(encoder.dim, combine="adapter")
     return RewardModel(head, encoder, digest=content_digest(KIND, {"clip": encoder.digest}))
+
+
+def score_each(
+    items: Sequence[tuple[RewardModel, ScoreRequest]], perturbations: Perturbations
+) -> list[Scores | None]:
+    """Scores of all requests. Should a batch fail, each goes alone: None for the one that is to blame."""
+    try:
+        return [*score_all(items, perturbations)]
+    except Exception:
+        logger.exception("scoring %d requests together failed", len(items))
+        if len(items) == 1:
+            return [None]
+    return [scores for item in items for scores in score_each([item], perturbations)]
 
 
 def score_all(

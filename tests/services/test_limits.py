@@ -53,6 +53,23 @@ def test_two_tokens_end_with_equal_shares() -> None:
     assert jain > 0.95, served
 
 
+def test_a_token_that_waits_as_it_was_told_keeps_its_place() -> None:
+    fair = limiter(10, burst=10_000, requests_per_second=10_000)
+    for n in range(40):  # leases are held for a minute
+        fair.admit("g", f"{n}", "a", "candidates", 1, 0.0)
+        fair.renew("g", {f"{n}": ("a", "candidates", 1)}, 59.0)
+        fair.release(f"{n}", 60.0)
+    held = [f"a{n}" for n in range(10)]
+    assert all(fair.admit("g", lease, "a", "candidates", 1, 60.0) is None for lease in held)
+    refusal = fair.admit("g", "b", "b", "candidates", 1, 60.0)
+    assert refusal is not None
+    assert refusal.retry_after_s > 4.0
+    fair.release(held.pop(), 60.0)
+    for tenth in range(int(10 * refusal.retry_after_s)):  # the other one asks all the time
+        assert fair.admit("g", f"more {tenth}", "a", "candidates", 1, 60.0 + tenth / 10) is not None
+    assert fair.admit("g", "b again", "b", "candidates", 1, 60.0 + refusal.retry_after_s) is None
+
+
 def test_weights_change_the_shares() -> None:
     limits = Limits(
         capacity_candidates=12, tokens={"big": RateLimit(share=3.0), "small": RateLimit(share=1.0)}

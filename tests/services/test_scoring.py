@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from accord.prompts import load_grammar
-from services.reward.deployment import Perturbations, ScoreRequest, load_reward, score_all
+from services.reward.deployment import Perturbations, ScoreRequest, load_reward, score_all, score_each
 
 CLIP = "pkg://accord.shapes/weights/clip"
 
@@ -44,6 +44,21 @@ def test_requests_scored_together_get_what_they_would_alone(perturbations: Pertu
     assert 0 < known < 1
     assert unknown is None
     assert together[1].probabilities == [None]
+
+
+def test_a_request_that_cannot_be_scored_takes_no_other_with_it(perturbations: Perturbations) -> None:
+    model = load_reward(CLIP)
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    good = ScoreRequest(model.digest, images[:2], ["two red stars", "a dog"])
+    broken = ScoreRequest(model.digest, [images[2][..., 0]], ["blue circle"])  # no colours
+    items = [(model, good), (model, broken), (model, good)]
+    with pytest.raises(Exception):  # noqa: B017 - whatever it is that CLIP says
+        score_all(items, perturbations)
+    first, second, third = score_each(items, perturbations)
+    assert first is not None
+    assert first.rewards == score_all([(model, good)], perturbations)[0].rewards
+    assert second is None
+    assert third == first
 
 
 def test_a_clip_alone_is_a_reward_that_grows_with_similarity() -> None:
