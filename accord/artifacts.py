@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,9 +161,8 @@ def save_tensors(
     from safetensors.torch import save_file
 
     path = Path(path)
-    plain = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
     with storage_errors(path), _temporary_file(path) as temporary:
-        save_file(plain, temporary, metadata=dict(metadata) if metadata else None)
+        save_file(_alone(tensors), temporary, metadata=dict(metadata) if metadata else None)
         _sort_header(temporary)
 
 
@@ -172,8 +172,26 @@ def load_tensors(path: str | Path) -> "dict[str, torch.Tensor]":
     Raises:
         ArtifactError: missing, truncated, another format, or with a number that is not finite.
     """
-    path = Path(path)
-    return dict(_checked_tensors(path))
+    return dict(each_tensor(path))
+
+
+def each_tensor(path: str | Path) -> "Iterator[tuple[str, torch.Tensor]]":
+    """What `load_tensors` reads, one at a time, so that a file larger than memory can be read."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in sorted(file.keys()):
+                tensor = file.get_tensor(name)
+                if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+                    raise ArtifactError(f"{path}: the tensor {name!r} holds NaN or infinity; refused")
+                yield name, tensor
+    except FileNotFoundError:
+        raise ArtifactError(f"there is no file {path}") from None
+    except (SafetensorError, OSError) as error:
+        message = f"{path} is no whole safetensors file (truncated, or another format): {error}"
+        raise ArtifactError(message) from None
 
 
 def check_model_directory(directory: str | Path) -> None:
@@ -198,7 +216,7 @@ def check_model_directory(directory: str | Path) -> None:
     if not weights:
         raise ArtifactError(f"{directory} holds no *.safetensors: it is no model directory")
     for path in weights:
-        for _ in _checked_tensors(path):  # one tensor at a time: a model may be larger than memory
+        for _ in each_tensor(path):  # one tensor at a time: a model may be larger than memory
             pass
 
 
@@ -338,23 +356,15 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _checked_tensors(path: Path) -> "Iterator[tuple[str, torch.Tensor]]":
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name in sorted(file.keys()):
-                tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-                    raise ArtifactError(f"{path}: the tensor {name!r} holds NaN or infinity; refused")
-                yield name, tensor
-    except FileNotFoundError:
-        raise ArtifactError(f"there is no file {path}") from None
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"{path} is no whole safetensors file (truncated, or another format): {error}"
-        ) from None
+def _alone(tensors: Mapping[str, "torch.Tensor"]) -> "dict[str, torch.Tensor]":
+    """On the CPU, each in a memory of its own, as safetensors wants it; copied only if it is not so yet."""
+    plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    uses = Counter(tensor.untyped_storage().data_ptr() for tensor in plain.values())
+    for name, tensor in plain.items():
+        storage = tensor.untyped_storage()
+        if uses[storage.data_ptr()] > 1 or storage.nbytes() != tensor.nbytes:
+            plain[name] = tensor.clone()
+    return plain
 
 
 def _sort_header(path: Path) -> None:

@@ -109,7 +109,22 @@ class RayConfig(Config):
     gpus_per_generator: NonNegativeFloat = 0
     threads_per_generator: PositiveInt = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """How often a training is restarted after a worker died; -1 without end."""
+    """How often a training is restarted after a worker died; -1 without end. Nodes that are called back (spot
+    instances) do not count."""
+    min_workers: PositiveInt | None = None
+    """A training goes on with as few workers as this when nodes are lost, and with up to num_workers again
+    when they are back; null: with num_workers only."""
+    background_checkpoints: bool | None = None
+    """Whether training goes on while a checkpoint is written, from a copy in the host's memory; null: where
+    it runs on GPUs."""
+
+    @model_validator(mode="after")
+    def _fewest_are_not_most(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers ({self.min_workers}) must not be above num_workers ({self.num_workers})"
+            )
+        return self
 
 
 class TrackingConfig(Config):
@@ -129,9 +144,11 @@ class Recipe(Config):
     grammar: str
     """Name of a shipped grammar, or the path of a YAML file."""
     model: str
-    """Directory of the base model in diffusers' StableDiffusionPipeline format (a path or pkg://...)."""
+    """Directory of the base model in the format of diffusers' StableDiffusionPipeline or
+    StableDiffusionXLPipeline (a path or pkg://...)."""
     clip: str
-    """Directory of an open_clip model, or "open_clip:ARCHITECTURE/path/to/weights.safetensors"."""
+    """Directory of an open_clip model, "open_clip:ARCHITECTURE/path/to/weights.safetensors", or
+    "hub:OWNER/NAME" where ACCORD_ALLOW_HUB=1."""
     evaluator: ObjectSpec | None = None
     """Factory of an accord.evaluation.protocols.Evaluator; null: `evaluate` cannot run."""
     panel: ObjectSpec | None = None

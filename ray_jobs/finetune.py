@@ -22,7 +22,7 @@ from ray_jobs.finetune_data import prepare_data
 from ray_jobs.generation import Source
 from ray_jobs.guards import Guards
 from ray_jobs.score import load_scores, score_images
-from ray_jobs.snapshots import Snapshots
+from ray_jobs.snapshots import Snapshots, unet_of
 from ray_jobs.stages import Stage, is_done, required, timed
 from ray_jobs.train import Tracking, Training, train
 
@@ -54,7 +54,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
     further = {"aligned": {"on_policy": rounds} if rounds else {}, "control": {}}
     further["aligned"] |= _guards_config(recipe)
     stages = {
-        name: Stage(name, KIND, _settings(config) | further[name], recipe.seed, digests)
+        name: Stage(name, KIND, config.decisive() | further[name], recipe.seed, digests)
         for name, config in configs.items()
         if name == "aligned" or has_control(recipe)
     }
@@ -114,12 +114,8 @@ def _guards_config(recipe: Recipe) -> dict[str, Any]:
     if recipe.finetune.guards is None:
         return {}
     sampled = recipe.collect.model_dump(mode="json", include={"sampler", "batch_size"})
-    return {"guarded_with": {**sampled, "grammar": recipe.grammar}}
-
-
-def _settings(config: FinetuneConfig) -> dict[str, Any]:
-    """The config as it was before there were guards, where there are none: so runs of that time go on."""
-    return config.model_dump(mode="json", exclude={"guards"} if config.guards is None else None)
+    settings = recipe.finetune.guards.model_dump(mode="json")
+    return {"guards": {**settings, **sampled, "grammar": recipe.grammar}}
 
 
 def _verdict(guards: Guards | None) -> dict[str, Any]:
@@ -182,10 +178,13 @@ def build_learner(
     """A Finetuner on a worker."""
     from accord.diffusion.finetune import FinetuneData, Finetuner
     from accord.diffusion.model import load_diffusion_model
+    from accord.diffusion.sharding import shard
 
     loaded = FinetuneData(**load_tensors(data))
     settings = FinetuneConfig(**config)
     base = load_diffusion_model(model, device=device)
+    if wrap is not None and settings.sharding == "fsdp":
+        wrap = shard
     return Finetuner(base, loaded, settings, seed, rank=rank, world_size=world_size, wrap=wrap)
 
 
@@ -202,7 +201,7 @@ def _training(
     """`number` is that of the round: each draws random numbers of its own."""
     snapshots: Snapshots | None = None
     if guards is not None and name != "control":
-        snapshots = guards.snapshots(name, (number - 1) * config.steps)
+        snapshots = guards.snapshots(name, (number - 1) * config.steps, str(model.directory))
     drawn = int(np.random.SeedSequence([recipe.seed, number]).generate_state(1)[0]) >> 1
     seed = recipe.seed if number == 1 else drawn
     return Training(
@@ -238,13 +237,14 @@ def _save(
     digests: Mapping[str, str],
     config: Mapping[str, Any],
 ) -> None:
-    """The model that was trained, with the averaged UNet of its finished training."""
+    """The model that was trained, with the averaged UNet of its finished training; whole, also where adapters
+    were trained."""
+    from accord.diffusion.checkpoint import put_trained
     from accord.diffusion.model import load_diffusion_model, save_diffusion_model
 
-    arguments = dict(training.arguments)
-    learner = build_learner(rank=0, world_size=1, wrap=None, device=torch.device("cpu"), **arguments)
-    learner.load(checkpoint)
-    model = replace(load_diffusion_model(arguments["model"]), unet=learner.averaged_unet())
+    arguments = training.arguments
+    model = load_diffusion_model(arguments["model"])
+    put_trained(model.unet, checkpoint, model.digest, FinetuneConfig(**arguments["config"]))
     save_diffusion_model(model, directory, inputs=digests, config=config, seed=arguments["seed"])
 
 
@@ -253,9 +253,9 @@ def _save_best(guards: Guards, base: Source, directory: Path, stage: Stage) -> N
     from accord.diffusion.model import load_diffusion_model, save_diffusion_model
 
     model = load_diffusion_model(base.directory)
-    weights = guards.best_weights()
-    if weights is not None:
-        model.unet.load_state_dict(weights)
+    best = guards.best()
+    if best is not None:
+        model = replace(model, unet=unet_of(best))
     config = {**stage.config, **_verdict(guards)}
     save_diffusion_model(model, directory, inputs=stage.inputs, config=config, seed=stage.seed)
 

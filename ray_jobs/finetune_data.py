@@ -32,7 +32,7 @@ def prepare_data(
 
     `scored`: columns image (digest), prompt and reward.
     """
-    from accord.diffusion.encode import encode_prompts
+    from accord.diffusion.conditioning import encode_conditioning
     from accord.diffusion.model import load_diffusion_model
 
     model = load_diffusion_model(model_directory, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -41,7 +41,8 @@ def prepare_data(
     files, captions = sources.read(run_dir, "pretraining")
     pretraining_latents_MCHW = _latents(model, run_dir, files)
     texts = {text: row for row, text in enumerate(dict.fromkeys([*scored["prompt"], *captions]))}
-    text_KTD = encode_prompts(model, [*texts, ""]).cpu()
+    conditioning = encode_conditioning(model, list(texts))
+    empty = encode_conditioning(model, [""], negative=True)
     tensors = {
         "latents_NCHW": latents_NCHW,
         "text_index_N": torch.tensor([texts[prompt] for prompt in scored["prompt"]]),
@@ -49,9 +50,11 @@ def prepare_data(
         "pretraining_latents_MCHW": pretraining_latents_MCHW,
         "pretraining_text_index_M": torch.tensor([texts[caption] for caption in captions], dtype=torch.long),
         "pretraining_reward_M": _caption_rewards(recipe, run_dir, files, captions),
-        "text_KTD": text_KTD[:-1],
-        "empty_text_TD": text_KTD[-1],
+        "text_KTD": conditioning["states"].cpu(),
+        "empty_text_TD": empty["states"][0].cpu(),
     }
+    if model.is_xl:
+        tensors |= {"pooled_KP": conditioning["pooled"].cpu(), "empty_pooled_P": empty["pooled"][0].cpu()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, tensors)
 

@@ -34,7 +34,7 @@ from accord.recipe import Recipe
 from accord.tracking import attach
 from ray_jobs import cluster, inputs, learn_reward
 from ray_jobs.progress import say
-from ray_jobs.snapshots import WEIGHTS, Snapshots, ask_to_stop, pending
+from ray_jobs.snapshots import Snapshots, ask_to_stop, pending, unet_of
 from ray_jobs.stages import write_json
 
 DIRECTORY = "guards"
@@ -60,11 +60,12 @@ class Guards:
         if config.held_out == JUDGEMENTS and not (self.directory / "held_out" / "manifest.json").exists():
             cluster.on_device(recipe.ray, learn_held_out, recipe, run_dir)
 
-    def snapshots(self, training: str, offset: int) -> Snapshots:
-        """Where the training of that name leaves its snapshots, `offset` steps after the first round's
-        start."""
+    def snapshots(self, training: str, offset: int, model: str) -> Snapshots:
+        """Where the training of that name, of the model in that directory, leaves its snapshots, `offset`
+        steps after the first round's start."""
         self._run_id_file = self.run_dir / "train" / training / "mlflow_run_id"
-        return Snapshots(str(self.directory), self.config.every, offset)
+        config = self.recipe.finetune.model_dump(mode="json", exclude={"guards"})
+        return Snapshots(str(self.directory), self.config.every, offset, model, config)
 
     def decision(self) -> Decision:
         """What the rule says of all that was measured."""
@@ -74,10 +75,10 @@ class Guards:
         """Whether training must not go on."""
         return self.config.action == "stop" and self.decision().tripped
 
-    def best_weights(self) -> dict[str, torch.Tensor] | None:
-        """The best snapshot's weights; None if it is the base model."""
+    def best(self) -> Path | None:
+        """The best snapshot; None if it is the base model."""
         step = self.decision().best_step
-        return load_tensors(self._best(step) / WEIGHTS) if step else None
+        return self._best(step) if step else None
 
     def poll(self) -> None:
         """Takes a measurement that is done, and starts the next. Without Ray it measures all that waits."""
@@ -220,8 +221,9 @@ class Meter:
         )
 
     def measure(self, step: int, path: str | None) -> dict[str, Any]:
-        """A row of measurements.jsonl of the weights in a file; of the base model without one."""
-        measured, images = self.probe.measure(step, None if path is None else load_tensors(path))
+        """A row of measurements.jsonl of a snapshot; of the base model without one."""
+        weights = None if path is None else unet_of(Path(path)).state_dict()
+        measured, images = self.probe.measure(step, weights)
         sheet = _sheet(images[: _PICTURED_PROMPTS * self.per_prompt], self.per_prompt)
         write_file(self.directory / "pictures" / f"step-{step:08d}.png", encode_png(sheet))
         return measured.as_row()

@@ -31,7 +31,9 @@ def clip_digest(recipe: Recipe) -> str:
     """A digest of the recipe's CLIP."""
     if recipe.clip.startswith(_CHECKPOINT_SCHEME):
         return sha256_file(Path(recipe.clip.removeprefix(_CHECKPOINT_SCHEME).partition("/")[2]).absolute())
-    return digest_of(resolve_path(recipe.clip), "clip")
+    from accord.reward.features import clip_path  # open_clip takes seconds to import
+
+    return digest_of(clip_path(recipe.clip), "clip")
 
 
 def digest_of(directory: Path, kind: str) -> str:

@@ -9,8 +9,8 @@ cursor to restore.
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,8 @@ from accord.artifacts import write_file
 from accord.config import load_object
 from accord.cpu import use_cpu
 from accord.errors import AccordError
-from ray_jobs import cluster
+from ray_jobs import checkpoints, cluster
+from ray_jobs.checkpoints import BackgroundWriter, Learner
 from ray_jobs.progress import Bar, bar, bars
 from ray_jobs.snapshots import Snapshots
 
@@ -31,20 +32,7 @@ if TYPE_CHECKING:
     from accord.recipe import RayConfig
 
 POLL_S = 0.25
-CHECKPOINTS_KEPT = 2
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-
-
-class Learner(Protocol):
-    """What can be trained. `step` returns scalar tensors that stay on the device."""
-
-    step_index: int
-
-    def step(self) -> dict[str, Any]: ...
-
-    def save(self, directory: Path) -> Any: ...
-
-    def load(self, directory: Path) -> None: ...
 
 
 Build = Callable[..., Learner]
@@ -133,19 +121,19 @@ def _train_here(training: Training, directory: Path, config: RayConfig, watch: W
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     learner = build(rank=0, world_size=1, wrap=None, device=device, **training.arguments)
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoints = sorted(path for path in directory.glob("step-*") if (path / "manifest.json").exists())
-    if checkpoints:
-        learner.load(checkpoints[-1])
+    checkpoints.restore(learner, checkpoints.newest_first(directory))
+    waits = checkpoints.can_wait(learner, device, config.background_checkpoints)
     with (
         bar(training.title, training.steps, "steps") as progress,
         _tracker(asdict(training), directory) as run,
+        BackgroundWriter() as background,
     ):
         ended = _stopped(training.snapshots)
         while learner.step_index < training.steps and not ended:
             metrics = learner.step()
             step = learner.step_index
             if training.snapshots is not None and watch is not None and training.snapshots.at(step):
-                take_snapshot(learner, training.snapshots, rank=0)
+                training.snapshots.take(learner, step)
                 watch.poll()
                 ended = _stopped(training.snapshots)
             last = ended or step == training.steps
@@ -154,12 +142,18 @@ def _train_here(training: Training, directory: Path, config: RayConfig, watch: W
                 progress.update(step, _loss_note(values.get("loss")))
                 run.log(step, **values)
             if step % training.checkpoint_every == 0 or last:
-                learner.save(directory / f"step-{step:08d}")
-                for old in sorted(directory.glob("step-*"))[:-CHECKPOINTS_KEPT]:
-                    shutil.rmtree(old)
+                write = checkpoints.writer_of(learner, 0, copy=waits)
+                assert write is not None
+                store = functools.partial(_store, write, directory, step)
+                background.write(store) if waits else store()
     if watch is not None and training.snapshots is not None:
         watch.finish()
-    return directory / f"step-{learner.step_index:08d}"
+    return checkpoints.path_of(directory, learner.step_index)
+
+
+def _store(write: checkpoints.Write, directory: Path, step: int) -> None:
+    write(checkpoints.path_of(directory, step))
+    checkpoints.prune(directory)
 
 
 class _Run(threading.Thread):
@@ -185,8 +179,12 @@ class _Run(threading.Thread):
             raise cluster.accord_error(self.outcome) or self.outcome
         if isinstance(self.outcome.return_value, AccordError):
             raise self.outcome.return_value
-        assert self.outcome.checkpoint is not None, f"{self.directory}: training ended without a checkpoint"
-        return Path(self.outcome.checkpoint.path)
+        path = checkpoints.path_of(self.directory, self.training.steps)
+        if _stopped(self.training.snapshots):  # before its last step
+            path = next(iter(checkpoints.newest_first(self.directory)), path)
+        assert path.exists(), f"{self.directory}: training ended without a checkpoint"
+        checkpoints.prune(self.directory)
+        return path
 
 
 def _fit(training: Training, directory: Path, config: RayConfig) -> Any:
@@ -200,12 +198,14 @@ def _fit(training: Training, directory: Path, config: RayConfig) -> Any:
         "training": asdict(training),
         "directory": str(directory),
         "threads": config.threads_per_worker,
+        "background": config.background_checkpoints,
     }
+    elastic = config.min_workers is not None and config.min_workers < config.num_workers
     trainer = TorchTrainer(
         _worker,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=(config.min_workers, config.num_workers) if elastic else config.num_workers,
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
@@ -213,7 +213,7 @@ def _fit(training: Training, directory: Path, config: RayConfig) -> Any:
             name=directory.name,
             storage_path=str(directory.parent),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
+            checkpoint_config=CheckpointConfig(num_to_keep=checkpoints.KEPT),
         ),
     )
     return trainer.fit()
@@ -224,65 +224,107 @@ def _worker(settings: dict[str, Any]) -> Any:  # Ray hands on what rank 0 return
     again.
     """
     import ray.train
+    import ray.train.collective
     import ray.train.torch
 
     use_cpu(settings["threads"])
-    training = settings["training"]
+    training, directory = settings["training"], Path(settings["directory"])
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     build: Build = load_object(training["build"])
-    checkpoint = ray.train.get_checkpoint()
+    # Not ray.train.get_checkpoint: that knows a checkpoint only when all workers have reported it. The first
+    # worker chooses, so that all load the same.
+    found = [str(path) for path in checkpoints.newest_first(directory)] if rank == 0 else None
+    found = ray.train.collective.broadcast_from_rank_zero(found)
+    device = ray.train.torch.get_device()
     try:
         learner = build(
             rank=rank,
             world_size=world_size,
             wrap=ray.train.torch.prepare_model if world_size > 1 else None,
-            device=ray.train.torch.get_device(),
+            device=device,
             **training["arguments"],
         )
-        if checkpoint is not None:
-            with checkpoint.as_directory() as directory:
-                learner.load(Path(directory))
+        checkpoints.restore(learner, [Path(path) for path in found or []])
     except AccordError as error:
         return error
-    with _tracker(training, Path(settings["directory"])) if rank == 0 else nullcontext() as run:
-        _loop(learner, training, Path(settings["directory"]), rank, run)
+    report = _Reporter(directory, rank, waits=checkpoints.can_wait(learner, device, settings["background"]))
+    with _tracker(training, directory) if rank == 0 else nullcontext() as run:
+        _loop(learner, training, report, run)
     return None
 
 
-def _loop(learner: Learner, training: dict[str, Any], directory: Path, rank: int, run: Any) -> None:
-    import ray.train
-
+def _loop(learner: Learner, training: dict[str, Any], report: _Reporter, run: Any) -> None:
     last = training["steps"]
     snapshots = Snapshots(**training["snapshots"]) if training["snapshots"] else None
-    _note_progress(directory, learner.step_index, {}, rank)
+    _note_progress(report.directory, learner.step_index, {}, report.rank)
     while learner.step_index < last:
         metrics = learner.step()
         step = learner.step_index
-        if snapshots is not None and snapshots.at(step):
-            take_snapshot(learner, snapshots, rank)
-        looks = snapshots is not None and (step % training["log_every"] == 0 or snapshots.at(step))
-        if snapshots is not None and looks and _all_stopped(snapshots, rank):
-            last = step
-        if rank == 0 and (step % training["log_every"] == 0 or step == last):
+        is_logged = step % training["log_every"] == 0 or step == last
+        if snapshots is not None:
+            if snapshots.at(step):
+                snapshots.take(learner, step)
+            if (is_logged or snapshots.at(step)) and _all_stopped(snapshots, report.rank):
+                last, is_logged = step, True
+        if report.rank == 0 and is_logged:
             values = _values(learner, metrics, last=step == last)
-            _note_progress(directory, step, values, rank)
+            _note_progress(report.directory, step, values, report.rank)
             if run is not None:
                 run.log(step, **values)
-        if step % training["checkpoint_every"] == 0 or step == last:
-            checkpoint = _save(learner) if rank == 0 else None
-            ray.train.report(
-                {"step": step},
-                checkpoint=checkpoint,
-                checkpoint_dir_name=f"step-{step:08d}",
-                delete_local_checkpoint_after_upload=True,
-            )
+        is_due = step % training["checkpoint_every"] == 0 or step == last
+        if is_due or (is_logged and report.is_a_node_leaving()):
+            report(learner)
 
 
-def take_snapshot(learner: Any, snapshots: Snapshots, rank: int) -> None:
-    """The averaged weights, for the guards. All workers call it; one writes."""
-    if rank == 0:
-        snapshots.take(learner.averaged_unet(), learner.step_index)
+class _Reporter:
+    """Hands checkpoints to Ray Train, on all workers alike.
+
+    `waits`: the first worker writes them in a thread while training goes on, one at a time. What fails there
+    ends the training, as it would here; the checkpoint before it stays.
+    """
+
+    def __init__(self, directory: Path, rank: int, *, waits: bool) -> None:
+        self.directory, self.rank, self.waits = directory, rank, waits
+        self._free = threading.Semaphore(1)
+        self._leaving: frozenset[str] = frozenset()
+
+    def __call__(self, learner: Learner) -> None:
+        import ray.train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        path = checkpoints.path_of(self.directory, learner.step_index)
+        self._free.acquire()
+        write = checkpoints.writer_of(learner, self.rank, copy=self.waits)
+        if write is None:
+            self._free.release()
+
+        def store(nothing: Checkpoint, name: str) -> Checkpoint:
+            try:
+                if write is not None:
+                    write(path)
+            finally:
+                self._free.release()
+            return Checkpoint.from_directory(str(path))
+
+        ray.train.report(
+            {"step": learner.step_index},
+            # Ray would copy a finished directory, file by file. Ours appears at its place at once.
+            checkpoint=None if write is None else Checkpoint.from_directory(tempfile.mkdtemp()),
+            checkpoint_dir_name=path.name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC if self.waits else CheckpointUploadMode.SYNC,
+            checkpoint_upload_fn=store,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def is_a_node_leaving(self) -> bool:
+        """Whether a node of this training was called back (spot instances) since the last time; all workers
+        must ask alike."""
+        import ray.train
+
+        news = ray.train.get_preemption_info()
+        before, self._leaving = self._leaving, frozenset(news.preempted_node_ids if news else ())
+        return bool(self._leaving - before)
 
 
 def _stopped(snapshots: Snapshots | None) -> bool:
@@ -307,14 +349,6 @@ def _values(learner: Learner, metrics: Mapping[str, Any], *, last: bool) -> dict
     """What is logged of a step, at the last one with the learner's own validation."""
     values = {name: float(value) for name, value in metrics.items()}  # device-to-host sync, every log_every
     return values | learner.validate() if last and hasattr(learner, "validate") else values
-
-
-def _save(learner: Learner) -> Any:
-    import ray.train
-
-    directory = Path(tempfile.mkdtemp(prefix="accord-checkpoint-")) / "checkpoint"
-    learner.save(directory)
-    return ray.train.Checkpoint.from_directory(str(directory))
 
 
 @contextmanager
@@ -360,8 +394,8 @@ def _loss_note(loss: float | None) -> str:
 
 
 def _heal(directory: Path) -> None:
-    """Starts over when Ray Train was killed while it wrote its list of checkpoints (it does not write by
-    rename).
+    """Forgets Ray Train's list of checkpoints when it was killed while it wrote that (it does not write by
+    rename). The checkpoints themselves stay.
     """
     snapshot = directory / SNAPSHOT
     if not snapshot.exists():
@@ -369,4 +403,4 @@ def _heal(directory: Path) -> None:
     try:
         json.loads(snapshot.read_text())
     except ValueError:
-        shutil.rmtree(directory)
+        snapshot.unlink()

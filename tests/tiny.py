@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WORDS = (
     *("one", "two", "three", "four", "red", "green", "blue", "yellow", "purple", "orange"),
@@ -79,34 +86,9 @@ def tiny_diffusion_directory(
         cross_attention_dim=text_width,
         **options,
     )
-    vae = AutoencoderKL(
-        sample_size=64,
-        latent_channels=4,
-        block_out_channels=(8, 8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        **{
-            "layers_per_block": 1,
-            "norm_num_groups": 8,
-            "mid_block_add_attention": False,
-            **(vae_options or {}),
-        },
-    )
+    vae = _tiny_vae(vae_options or {})
     tokenizer = tiny_tokenizer(Path(tmp) / "tiny_tokenizer", max_length)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=text_width,
-            intermediate_size=2 * text_width,
-            projection_dim=text_width,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    text_encoder = CLIPTextModel(_tiny_text_config(tokenizer, text_width))
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -131,6 +113,83 @@ def tiny_diffusion_directory(
     directory = Path(tmp) / "tiny_diffusion"
     pipeline.save_pretrained(directory, safe_serialization=True)
     return directory
+
+
+def tiny_xl_directory(
+    tmp: Path,
+    *,
+    prediction_type: str = "epsilon",
+    zero_empty_prompt: bool = True,
+    vae_options: dict[str, Any] | None = None,
+) -> Path:
+    """A StableDiffusionXLPipeline directory of the same sizes: two text encoders of unlike widths."""
+    torch.manual_seed(1)
+    widths, pooled, sizes = (16, 32), 24, 8
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=(2, 4),
+        norm_num_groups=8,
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=sum(widths),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=sizes,
+        projection_class_embeddings_input_dim=6 * sizes + pooled,
+    )
+    tokenizer = tiny_tokenizer(Path(tmp) / "tiny_tokenizer")
+    pipeline = StableDiffusionXLPipeline(
+        vae=_tiny_vae(vae_options or {}),
+        text_encoder=CLIPTextModel(_tiny_text_config(tokenizer, widths[0])),
+        text_encoder_2=CLIPTextModelWithProjection(_tiny_text_config(tokenizer, widths[1], pooled)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            prediction_type=prediction_type,
+            timestep_spacing="leading",
+        ),
+        force_zeros_for_empty_prompt=zero_empty_prompt,
+        add_watermarker=False,
+    )
+    directory = Path(tmp) / "tiny_xl"
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return directory
+
+
+def _tiny_vae(options: dict[str, Any]) -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=64,
+        latent_channels=4,
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        **{"layers_per_block": 1, "norm_num_groups": 8, "mid_block_add_attention": False, **options},
+    )
+
+
+def _tiny_text_config(tokenizer: Any, width: int, pooled: int | None = None) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=pooled or width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def sd15_shaped_directory(tmp: Path) -> Path:

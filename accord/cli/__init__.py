@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 import accord
+from accord.cli import doctor as doctor_command
 from accord.cli import feedback, generation, operate, rating, tokens
 from accord.cli.common import errors_shown
 from accord.errors import ConfigError
@@ -184,6 +185,7 @@ app.command(rich_help_panel="Serving")(generation.generate)
 app.command(rich_help_panel="Serving", cls=_ScoreCommand)(generation.score)
 app.command(rich_help_panel="Serving")(generation.replay)
 app.command(rich_help_panel="Serving")(rating.rate)
+app.command(rich_help_panel="Start here")(doctor_command.doctor)
 
 
 @app.command("pretrain-shapes", context_settings=_PASS_ON, rich_help_panel="Making the sandbox")

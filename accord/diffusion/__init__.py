@@ -8,6 +8,8 @@ engine.py      in-flight batching, which serves generations; of it are adapters.
                same in a process of its own
 encode.py      prompts -> text states, images -> latents (both done once, before fine-tuning)
 objectives.py  the paper's mathematics, free of plumbing
+finetune_data.py  what is learned from, checked; batches.py draws each step's batch of it from (seed, step)
+trainable.py   the network that is trained: the whole UNet, or adapters in it; sharding.py spreads it (FSDP2)
 finetune.py    the optimisation loop's body: one `step`, everything resumable
 checkpoint.py  the fine-tuner's state on disk: all or nothing
 settings.py    the typed configs, importable without torch

@@ -1,29 +1,25 @@
 """What the denoising engine needs of a model, and how a Stable Diffusion gives it.
 
-Shapes: B samples, C latent channels, H W height and width (of latents or pixels), T text tokens,
-D text width.
+Shapes: B samples, C latent channels, H W height and width (of latents or pixels).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from accord.diffusion.encode import encode_prompts
+from accord.diffusion.conditioning import Conditioning, encode_conditioning, unet_arguments
 from accord.diffusion.model import DiffusionModel
 from accord.diffusion.sample import decode_latents, make_scheduler
 from accord.diffusion.settings import SamplerConfig
 
+__all__ = ["Conditioning", "ModelAdapter", "Pixels", "StableDiffusionAdapter", "adapter_for", "compile_unet"]
+
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 """A uint8 RGB image_HWC, or images_BHWC."""
-
-Conditioning = Mapping[str, Tensor]
-"""What one prompt means to a UNet: tensors by name, without a batch dimension. The engine stacks those of a
-batch by name and hands them to `ModelAdapter.denoise`; it does not look inside."""
 
 
 @runtime_checkable
@@ -42,7 +38,8 @@ class ModelAdapter(Protocol):
         """A fresh scheduler of a class of diffusers. Raises ConfigError when there is none such."""
 
     def encode(self, prompt: str, *, negative: bool) -> Conditioning:
-        """What the prompt means; `negative` when it is what guidance leads away from."""
+        """What the prompt means, without a batch dimension; `negative` when it is what guidance leads away
+        from. The engine stacks those of a batch by name and hands them to `denoise`."""
 
     def denoise(self, latents_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
         """The UNet's output_BCHW in float32; `conditioning` with a batch dimension."""
@@ -52,7 +49,7 @@ class ModelAdapter(Protocol):
 
 
 class StableDiffusionAdapter:
-    """Stable Diffusion 1 and 2, and whatever else is in StableDiffusionPipeline's format."""
+    """Stable Diffusion 1, 2 and XL, and whatever else is in the format of their pipelines."""
 
     def __init__(self, model: DiffusionModel, *, compiled: bool = False) -> None:
         self.model = model
@@ -68,13 +65,14 @@ class StableDiffusionAdapter:
 
     def encode(self, prompt: str, *, negative: bool) -> Conditioning:
         # One prompt a call: its embedding must not depend on which others are new at that moment.
-        return {"states": encode_prompts(self.model, [prompt])[0].to(self.model.dtype)}
+        encoded = encode_conditioning(self.model, [prompt], negative=negative)
+        return {name: rows[0].to(self.model.dtype) for name, rows in encoded.items()}
 
     def denoise(self, latents_BCHW: Tensor, timesteps_B: Tensor, conditioning: Conditioning) -> Tensor:
         output_BCHW: Tensor = self._unet(
             latents_BCHW.to(self.model.dtype),
             timesteps_B,
-            encoder_hidden_states=conditioning["states"],
+            **unet_arguments(conditioning, latents_BCHW, self.pixels_per_latent),
             return_dict=False,
         )[0]
         return output_BCHW.float()

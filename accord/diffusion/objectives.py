@@ -29,7 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accord.diffusion.settings import Weighting
+from accord.diffusion.settings import FinetuneConfig, Weighting
 from accord.errors import ConfigError, FeedbackError
 
 
@@ -174,6 +174,33 @@ def diffusion_nft(
     bad_BCHW = (1 + strength) * reference_BCHW - strength * prediction_BCHW
     good_B, bad_B = denoising_loss(good_BCHW, target_BCHW), denoising_loss(bad_BCHW, target_BCHW)
     return (optimality_B * good_B + (1 - optimality_B) * bad_B) / strength
+
+
+def needs_reference(config: FinetuneConfig) -> bool:
+    """Whether the objective compares the network with the frozen reference model."""
+    return config.objective in ("advantage_weighted_matching", "diffusion_nft")
+
+
+def model_loss(
+    config: FinetuneConfig,
+    prediction_BCHW: Tensor,
+    target_BCHW: Tensor,
+    reference_BCHW: Tensor | None,
+    weight_B: Tensor,
+) -> Tensor:
+    """The loss of each generated image by the objective of `config`: loss_B.
+
+    `weight_B` is its weight or advantage; `reference_BCHW` is None where there is no reference model, or no
+    image.
+    """
+    if reference_BCHW is None:
+        return reward_weighted_likelihood(prediction_BCHW, target_BCHW, weight_B)
+    if config.objective == "advantage_weighted_matching":
+        return advantage_weighted_matching(
+            prediction_BCHW, target_BCHW, reference_BCHW, weight_B, config.anchor
+        )
+    optimality_B = 0.5 + 0.5 * weight_B / config.advantage_clip
+    return diffusion_nft(prediction_BCHW, target_BCHW, reference_BCHW, optimality_B, config.nft_strength)
 
 
 def batch_loss(

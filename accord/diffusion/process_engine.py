@@ -25,7 +25,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from accord.diffusion.adapters import StableDiffusionAdapter
+from accord.diffusion.adapters import adapter_for
 from accord.diffusion.batching import LoadedModel, SampleSpec, Ticket
 from accord.diffusion.ledger import EngineStats
 from accord.diffusion.model import DiffusionModel
@@ -109,7 +109,7 @@ class ProcessEngine:
     def load(self, name: str, model: DiffusionModel) -> None:
         """As `Engine.load`; returns when the child has loaded it. Raises EngineError, ArtifactError."""
         # The copy here only checks specs: it is never moved nor run.
-        checks = LoadedModel(name, StableDiffusionAdapter(model), text_cache=1)
+        checks = LoadedModel(name, adapter_for(model), text_cache=1)
         self._ask({"op": "load", "name": name, "directory": str(os.path.abspath(model.directory))})
         with self._lock:
             self._models[name] = checks

@@ -1,7 +1,7 @@
 """Prompts and seeds to images: the denoising loop, with any diffusers scheduler.
 
-Shapes: B samples, C latent channels (images: 3 colours), H W height and width (of latents or pixels), T text
-tokens, D text width. Images are uint8 RGB.
+Shapes: B samples, C latent channels (images: 3 colours), H W height and width (of latents or pixels). Images
+are uint8 RGB.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accord.diffusion.encode import encode_prompts
-from accord.diffusion.model import DiffusionModel
+from accord.diffusion.conditioning import encode_conditioning, unet_arguments
+from accord.diffusion.model import DiffusionModel, vae_batch
 from accord.diffusion.settings import Precision, SamplerConfig
 from accord.errors import ConfigError
 
@@ -30,6 +30,7 @@ __all__ = [
     "sample_images",
     "sample_latents",
     "seeded_generators",
+    "vae_batch",
 ]
 
 
@@ -95,11 +96,13 @@ def sample_latents(
     scheduler = make_scheduler(model, config)
     scheduler.set_timesteps(config.steps, device=model.device)
     guided = config.guidance_scale > 1.0
-    text_BTD = encode_prompts(model, prompts)
+    conditioning = encode_conditioning(model, prompts)
     if guided:
-        negative_BTD = encode_prompts(model, [config.negative_prompt]).expand(len(prompts), -1, -1)
-        text_BTD = torch.cat([negative_BTD, text_BTD])
-    text_BTD = text_BTD.to(model.dtype)
+        negative = encode_conditioning(model, [config.negative_prompt], negative=True)
+        conditioning = {
+            name: torch.cat([negative[name].expand_as(rows), rows]) for name, rows in conditioning.items()
+        }
+    conditioning = {name: rows.to(model.dtype) for name, rows in conditioning.items()}
     generators = seeded_generators(seeds)
     latents_BCHW: Tensor = draw_noise(generators, _latent_shape(model, config)).to(model.device)
     latents_BCHW = latents_BCHW * scheduler.init_noise_sigma
@@ -109,8 +112,9 @@ def sample_latents(
     for done, timestep in enumerate(scheduler.timesteps, start=1):
         input_BCHW = torch.cat([latents_BCHW, latents_BCHW]) if guided else latents_BCHW
         input_BCHW = scheduler.scale_model_input(input_BCHW, timestep).to(model.dtype)
+        arguments = unet_arguments(conditioning, input_BCHW, model.vae_scale_factor)
         with autocast(model.device, config.precision):
-            output_BCHW = model.unet(input_BCHW, timestep, encoder_hidden_states=text_BTD).sample.float()
+            output_BCHW = model.unet(input_BCHW, timestep, **arguments).sample.float()
         if guided:
             free_BCHW, led_BCHW = output_BCHW.chunk(2)
             output_BCHW = free_BCHW + config.guidance_scale * (led_BCHW - free_BCHW)
@@ -122,12 +126,15 @@ def sample_latents(
 
 @torch.no_grad()
 def decode_latents(model: DiffusionModel, latents_BCHW: Tensor, batch_size: int = 32) -> np.ndarray[Any, Any]:
-    """Latents (as sampled, so times the scaling factor) to uint8 images_BHWC."""
-    scale, shift = model.vae.config.scaling_factor, model.vae.config.get("shift_factor") or 0.0
+    """Latents (as sampled, so times the scaling factor) to uint8 images_BHWC; as many at once as memory and
+    `batch_size` allow."""
+    scale_C11, shift_C11 = (part.to(latents_BCHW.device) for part in model.latent_scaling())
+    factor = model.vae_scale_factor
+    batch_size = vae_batch(batch_size, latents_BCHW.shape[2] * factor, latents_BCHW.shape[3] * factor)
     images = []
     for start in range(0, len(latents_BCHW), batch_size):
         part_BCHW = latents_BCHW[start : start + batch_size]
-        part_BCHW = (part_BCHW / scale + shift).to(model.device, model.dtype)
+        part_BCHW = (part_BCHW / scale_C11 + shift_C11).to(model.device, model.vae_dtype)
         pixels_BCHW = model.vae.decode(part_BCHW).sample.float()
         pixels_BCHW = (pixels_BCHW / 2 + 0.5).clamp(0, 1).mul(255).round()
         images.append(

@@ -9,11 +9,27 @@ from pydantic import Field, model_validator
 from accord.config import Config
 from accord.guards.settings import GuardsConfig
 
+Parameters = Literal["full", "lora"]
+Sharding = Literal["none", "fsdp"]
 Precision = Literal["float32", "bfloat16"]
 Weighting = Literal["raw", "threshold", "softmax"]
 Objective = Literal[
     "reward_weighted_likelihood", "advantage_weighted_matching", "diffusion_nft", "pretraining_only"
 ]
+
+# Of FinetuneConfig: what may change between two legs of a run, say after it ran out of memory.
+FREE_KEYS = frozenset(
+    {
+        "guards",
+        "log_every",
+        "checkpoint_every",
+        "gradient_accumulation",
+        "gradient_checkpointing",
+        "compile",
+        "channels_last",
+        "sharding",
+    }
+)
 
 
 class SamplerConfig(Config):
@@ -71,6 +87,17 @@ class EngineConfig(Config):
         return self
 
 
+class LoraConfig(Config):
+    """Low-rank adapters (Hu et al. 2021): what is trained where finetune.parameters is lora."""
+
+    rank: int = Field(default=32, ge=1)
+    alpha: float = Field(default=32.0, gt=0.0)
+    """The adapters count alpha / rank times."""
+    target_modules: tuple[str, ...] = Field(default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+    """Names, or ends of names, of linear and convolution layers; by default those of all attention. For more
+    room: proj_in, proj_out, ff.net.0.proj, ff.net.2, conv1, conv2 too."""
+
+
 class FinetuneConfig(Config):
     """How a model is fine-tuned. The paper states 10,000 steps of AdamW on batches of 256 + 256, but neither
     its beta nor its learning rate."""
@@ -126,10 +153,30 @@ class FinetuneConfig(Config):
     schedule: Literal["constant", "cosine"] = "constant"
     max_grad_norm: float = Field(default=1.0, gt=0.0)
     precision: Precision = "float32"
+    """bfloat16: the networks compute in it; the weights that are trained, their gradients, the optimiser and
+    the average stay float32."""
+    parameters: Parameters = "full"
+    """full: the whole UNet; lora: small adapters in a frozen one, which take a fraction of the memory."""
+    lora: LoraConfig = LoraConfig()
+    gradient_checkpointing: bool = False
+    """Computes activations again in the backward pass rather than keeping them: less memory, a third more
+    time."""
+    compile: bool = False
+    """Compiles the transformer blocks (torch.compile): a minute or so before the first step, then faster."""
+    channels_last: bool = False
+    """Keeps convolutions' weights in the order that GPUs read fastest in bfloat16."""
+    sharding: Sharding = "none"
+    """fsdp: several workers hold a part each of weights, gradients and optimiser state (FSDP2), for models
+    that do not fit one GPU. none: each holds all of it (DDP)."""
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
     guards: GuardsConfig | None = None
     """What watches the training for reward hacking, and ends it; null: nothing does."""
+
+    def decisive(self) -> dict[str, Any]:
+        """What the trained weights depend on, as plain values: all but when it reports and saves, and in how
+        many parts and where a batch is computed."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE_KEYS}
 
     @model_validator(mode="after")
     def _terms_have_images(self) -> FinetuneConfig:
@@ -148,6 +195,8 @@ class FinetuneConfig(Config):
                 "pretraining_favourites chooses among captions by their reward: give pretraining_threshold "
                 "too (0 for no other condition)"
             )
+        if self.channels_last and self.sharding == "fsdp":
+            raise ValueError("sharding fsdp needs weights in their usual order: set channels_last to false")
         if not all(0.0 <= beta < 1.0 for beta in self.adam_betas):
             raise ValueError(f"adam_betas must lie in [0, 1), got {self.adam_betas}")
         return self

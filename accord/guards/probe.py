@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from accord.diffusion.encode import encode_prompts
+from accord.diffusion.conditioning import encode_conditioning, unet_arguments
 from accord.diffusion.model import DiffusionModel
 from accord.diffusion.objectives import add_noise
 from accord.diffusion.sample import SamplerConfig, autocast, decode_latents, initial_noise, sample_latents
@@ -126,13 +126,14 @@ class Probe:
         timesteps_B = ((torch.arange(count) * 0.6180339887 + 0.5) % 1.0 * levels).long().to(device)
         noise_BCHW = initial_noise([seed ^ 1 for seed in self.seeds], tuple(latents_BCHW.shape[1:]))  # type: ignore[arg-type]
         noisy_BCHW = add_noise(latents_BCHW, noise_BCHW.to(device), timesteps_B, alphas_T)
-        text_BTD = encode_prompts(model, self.prompts).to(model.dtype)
+        texts = encode_conditioning(model, self.prompts)
         found = []
         for part in self._parts():
+            noisy = noisy_BCHW[part].to(model.dtype)
+            own = {name: rows[part].to(model.dtype) for name, rows in texts.items()}
+            arguments = unet_arguments(own, noisy, model.vae_scale_factor)
             with autocast(device, self.sampler.precision):
-                output = model.unet(
-                    noisy_BCHW[part].to(model.dtype), timesteps_B[part], encoder_hidden_states=text_BTD[part]
-                )
+                output = model.unet(noisy, timesteps_B[part], **arguments)
             found.append(output.sample.float())
         return torch.cat(found)
 

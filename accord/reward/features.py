@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,17 +41,23 @@ logger = logging.getLogger(__name__)
 
 KIND = "clip"
 CHECKPOINT_SCHEME = "open_clip:"
+HUB_SCHEME = "hub:"
+HUB_VARIABLE = "ACCORD_ALLOW_HUB"
+# Nothing else of a repository is asked for: above all no pickle.
+_HUB_FILES = ["open_clip_config.json", "open_clip_model.safetensors", "tokenizer*", "vocab*", "merges.txt"]
+_HUB_FILES += ["special_tokens_map.json"]
 CONFIG_NAME = "open_clip_config.json"
 
 
 class ClipEncoder:
-    """A frozen open_clip model that never asks the network.
+    """A frozen open_clip model. It asks the network only for a "hub:" model, and only where that is allowed.
 
     Args:
         uri: a directory with open_clip_config.json, *.safetensors and, for a vocabulary of its own, the
             tokenizer's files (a path, or "pkg://..."); or
             "open_clip:ARCHITECTURE/absolute/path/of/a/checkpoint.safetensors" for one of open_clip's own
-            architectures.
+            architectures; or "hub:OWNER/NAME", or "hub:OWNER/NAME@REVISION", for such a directory on the
+            Hugging Face hub, if ACCORD_ALLOW_HUB=1 is set in the environment (see `clip_path`).
 
     Raises:
         ArtifactError: missing, damaged, pickled or ill-fitting weights.
@@ -63,7 +70,7 @@ class ClipEncoder:
         if self.uri.startswith(CHECKPOINT_SCHEME):
             self.digest, model, self._tokenize = _load_checkpoint(self.uri)
         else:
-            self.digest, model, self._tokenize = _load_directory(resolve_path(uri))
+            self.digest, model, self._tokenize = _load_directory(clip_path(uri))
         self._model = model.eval().requires_grad_(False).to(self.device)
         self._preprocessing: dict[str, Any] = open_clip.get_model_preprocess_cfg(model)
         self.dim = int(self.text_features(["a"]).shape[1])
@@ -189,6 +196,34 @@ class FeatureCache:
                 logger.warning("ignoring the damaged shard %s of the feature cache: %s", path, error)
                 continue
             self._rows.update(zip(digests, features_BD, strict=True))
+
+
+def clip_path(uri: str | Path) -> Path:
+    """The directory of a CLIP: a path, pkg://..., or what the hub has under "hub:OWNER/NAME[@REVISION]",
+    which is fetched unless it is here already (its config, safetensors and tokenizer, and nothing else).
+
+    Raises:
+        ConfigError: the hub is not allowed, or the name is none.
+        ArtifactError: the hub does not have it, or cannot be reached.
+    """
+    text = str(uri)
+    if not text.startswith(HUB_SCHEME):
+        return resolve_path(uri)
+    name, _, revision = text.removeprefix(HUB_SCHEME).partition("@")
+    if name.count("/") != 1:
+        raise ConfigError(f"{text!r} names no model of the hub; expected {HUB_SCHEME}OWNER/NAME[@REVISION]")
+    if os.environ.get(HUB_VARIABLE) != "1":
+        raise ConfigError(
+            f"{text!r} would be fetched from the Hugging Face hub. Set {HUB_VARIABLE}=1 in the environment "
+            "of every process to allow that, or give a local directory"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ArtifactError(f"{text!r} could not be had from the hub: {error}") from error
 
 
 def clip_digest(directory: Path) -> str:

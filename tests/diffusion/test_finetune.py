@@ -7,44 +7,14 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from accord.artifacts import load_tensors, save_tensors, verify
-from accord.diffusion.encode import encode_images, encode_prompts
-from accord.diffusion.finetune import FinetuneConfig, FinetuneData, Finetuner
+from accord.artifacts import verify
+from accord.diffusion.encode import encode_images
+from accord.diffusion.finetune import Finetuner
 from accord.diffusion.model import DiffusionModel, load_diffusion_model, save_diffusion_model
 from accord.diffusion.sample import SamplerConfig, sample_images
 from accord.errors import ConfigError, FeedbackError, StorageError
+from tests.diffusion.tuning import config, make_data, state
 from tests.tiny import sd15_shaped_directory
-
-
-def make_data(model: DiffusionModel, images: int = 6, pretraining: int = 5) -> FinetuneData:
-    generator = torch.Generator().manual_seed(1)
-    text_KTD = encode_prompts(model, ["red star", "two circles", "blue heart on grass"])
-    return FinetuneData(
-        latents_NCHW=torch.randn(images, 4, 8, 8, generator=generator),
-        text_index_N=torch.arange(images) % 3,
-        reward_N=torch.linspace(0.1, 0.9, images),
-        pretraining_latents_MCHW=torch.randn(pretraining, 4, 8, 8, generator=generator),
-        pretraining_text_index_M=torch.arange(pretraining) % 3,
-        pretraining_reward_M=torch.linspace(0.1, 0.9, pretraining),
-        text_KTD=text_KTD,
-        empty_text_TD=encode_prompts(model, [""])[0],
-    )
-
-
-def config(**changes: object) -> FinetuneConfig:
-    small = {
-        "steps": 8,
-        "learning_rate": 1e-3,
-        "batch_size": 5,
-        "pretraining_batch_size": 3,
-        "ema_decay": 0.9,
-    }
-    return FinetuneConfig.model_validate(small | changes)
-
-
-def state(finetuner: Finetuner) -> list[torch.Tensor]:
-    moments = [v for p in finetuner.parameters for v in finetuner.optimizer.state[p].values()]
-    return [t.detach().clone() for t in (*finetuner.parameters, *finetuner.average, *moments)]
 
 
 def test_overfits_a_tiny_set(tiny_v_model: DiffusionModel) -> None:
@@ -57,7 +27,7 @@ def test_overfits_a_tiny_set(tiny_v_model: DiffusionModel) -> None:
 
 def test_zero_terminal_snr_trains_without_nan(tiny_v_model: DiffusionModel) -> None:
     tuner = Finetuner(tiny_v_model, make_data(tiny_v_model), config(timestep_power=1e9), seed=0)
-    batch = tuner._draw(0)
+    batch = tuner.batches.draw(0)
     assert set(batch.timesteps_B.tolist()) == {999}, "a high power draws the last timestep only"
     for _ in range(2):
         assert all(torch.isfinite(value) for value in tuner.step().values())
@@ -66,7 +36,7 @@ def test_zero_terminal_snr_trains_without_nan(tiny_v_model: DiffusionModel) -> N
 
 def test_loss_is_equation_2_of_the_batch_drawn(tiny_model: DiffusionModel) -> None:
     tuner = Finetuner(tiny_model, make_data(tiny_model), config(beta=0.25), seed=3)
-    batch = tuner._draw(0)
+    batch = tuner.batches.draw(0)
     with torch.no_grad():
         prediction = tuner.unet(
             batch.noisy_BCHW, batch.timesteps_B, encoder_hidden_states=batch.text_BTD
@@ -110,57 +80,6 @@ def test_any_number_of_workers_is_one(
         # DistributedDataParallel averages
         average = torch.stack([part.parameters[i].grad for part in parts]).mean(0)  # type: ignore[misc]
         torch.testing.assert_close(average, parameter.grad, rtol=1e-3, atol=1e-6)
-
-
-def worker(rank: int, directory: Path, meeting: Path, out: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    model = load_diffusion_model(directory)
-    tuner = Finetuner(
-        model,
-        make_data(model),
-        config(gradient_accumulation=2),
-        seed=5,
-        rank=rank,
-        world_size=2,
-        wrap=torch.nn.parallel.DistributedDataParallel,
-    )
-    losses = torch.stack([tuner.step()["loss"] for _ in range(2)])
-    if rank == 0:
-        save_tensors(out, {"losses": losses, "average": tuner.average[0]})
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_under_ddp_are_one(tiny_directory: Path, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(
-        worker, (tiny_directory, tmp_path / "meeting", tmp_path / "out.safetensors"), nprocs=2
-    )
-    model = load_diffusion_model(tiny_directory)
-    alone = Finetuner(model, make_data(model), config(), seed=5)
-    losses = torch.stack([alone.step()["loss"] for _ in range(2)])
-    together = load_tensors(tmp_path / "out.safetensors")
-    torch.testing.assert_close(together["losses"], losses, rtol=1e-4, atol=1e-5)
-    # Adam's first steps are sign(gradient) * rate, so where a gradient is nearly 0 its rounding shows.
-    torch.testing.assert_close(together["average"], alone.average[0], rtol=0.0, atol=2e-4)
-
-
-def test_resumed_run_equals_uninterrupted_run(tiny_model: DiffusionModel, tmp_path: Path) -> None:
-    data = make_data(tiny_model)
-    through = Finetuner(tiny_model, data, config(schedule="cosine", warmup_steps=2), seed=2)
-    losses = [through.step()["loss"] for _ in range(5)]
-
-    first = Finetuner(tiny_model, data, config(schedule="cosine", warmup_steps=2), seed=2)
-    for _ in range(3):
-        first.step()
-    manifest = first.save(tmp_path / "checkpoint")
-    assert set(manifest.files) == {"state.safetensors"}
-    second = Finetuner(tiny_model, data, config(schedule="cosine", warmup_steps=2, log_every=3), seed=2)
-    second.load(tmp_path / "checkpoint")
-    assert second.step_index == 3
-    assert [second.step()["loss"] for _ in range(2)] == losses[3:]
-    for resumed, uninterrupted in zip(state(second), state(through), strict=True):
-        assert torch.equal(resumed, uninterrupted)
 
 
 def test_checkpoint_before_the_first_step(tiny_model: DiffusionModel, tmp_path: Path) -> None:
@@ -226,24 +145,24 @@ def test_the_model_given_is_left_alone(tiny_model: DiffusionModel) -> None:
 def test_threshold_draws_kept_images_only(tiny_model: DiffusionModel) -> None:
     data = make_data(tiny_model)  # rewards 0.1, 0.26, 0.42, 0.58, 0.74, 0.9
     tuner = Finetuner(tiny_model, data, config(weighting="threshold", threshold=0.7), seed=0)
-    assert tuner.kept_indices.tolist() == [4, 5]
-    assert tuner._draw(0).weight_B.tolist() == [1.0] * 5 + [0.0] * 3
+    assert tuner.batches.kept_indices.tolist() == [4, 5]
+    assert tuner.batches.draw(0).weight_B.tolist() == [1.0] * 5 + [0.0] * 3
     with pytest.raises(FeedbackError, match=r"highest reward 0\.900, threshold 0\.95"):
         Finetuner(tiny_model, data, config(weighting="threshold", threshold=0.95), seed=0)
 
 
 def test_condition_dropout_uses_the_empty_prompt(tiny_model: DiffusionModel) -> None:
     data = make_data(tiny_model)
-    dropped = Finetuner(tiny_model, data, config(condition_dropout=1.0), seed=0)._draw(0)
+    dropped = Finetuner(tiny_model, data, config(condition_dropout=1.0), seed=0).batches.draw(0)
     assert all(torch.equal(text, data.empty_text_TD) for text in dropped.text_BTD)
-    kept = Finetuner(tiny_model, data, config(condition_dropout=0.0), seed=0)._draw(0)
+    kept = Finetuner(tiny_model, data, config(condition_dropout=0.0), seed=0).batches.draw(0)
     assert not any(torch.equal(text, data.empty_text_TD) for text in kept.text_BTD)
 
 
 def test_pretraining_images_may_lose_their_captions_alone(tiny_model: DiffusionModel) -> None:
     data = make_data(tiny_model)
     settings = config(condition_dropout=0.0, pretraining_condition_dropout=1.0)
-    batch = Finetuner(tiny_model, data, settings, seed=0)._draw(0)
+    batch = Finetuner(tiny_model, data, settings, seed=0).batches.draw(0)
     is_empty = [torch.equal(text, data.empty_text_TD) for text in batch.text_BTD]
     assert is_empty == [False] * 5 + [True] * 3
 
@@ -253,14 +172,14 @@ def test_pretraining_images_may_be_chosen_by_their_captions_reward(tiny_model: D
     tuner = Finetuner(tiny_model, data, config(pretraining_threshold=0.6), seed=0)
     drawn = set()
     for step in range(20):
-        batch = tuner._draw(step)
+        batch = tuner.batches.draw(step)
         for text in batch.text_BTD[batch.num_model :]:
             drawn |= {row for row, known in enumerate(data.text_KTD) if torch.equal(known, text)}
     # Rewards are .1, .3, .5, .7 and .9, captions 0, 1, 2, 0 and 1: only the last two images are left.
-    assert tuner.pretraining_indices.tolist() == [3, 4]
+    assert tuner.batches.pretraining_indices.tolist() == [3, 4]
     assert drawn == {0, 1}
     everything = Finetuner(tiny_model, data, config(), seed=0)
-    assert everything.pretraining_indices.tolist() == [0, 1, 2, 3, 4]
+    assert everything.batches.pretraining_indices.tolist() == [0, 1, 2, 3, 4]
     with pytest.raises(FeedbackError, match=r"pretraining_threshold \(0.95\).*highest of 5 is 0.900"):
         Finetuner(tiny_model, data, config(pretraining_threshold=0.95), seed=0)
 
@@ -283,7 +202,7 @@ def test_signed_objectives_go_towards_better_and_away_from_worse_images(tiny_mod
         for reward in ([1.0, 0.0], [0.0, 1.0]):
             batch = Finetuner(
                 tiny_model, replace(data, reward_N=torch.tensor(reward)), settings, seed=9
-            )._draw(0)
+            ).batches.draw(0)
             with torch.no_grad():
                 out = unet(batch.noisy_BCHW, batch.timesteps_B, encoder_hidden_states=batch.text_BTD).sample
             found.append(float((out - batch.target_BCHW).square().mean()))
@@ -295,7 +214,7 @@ def test_signed_objectives_go_towards_better_and_away_from_worse_images(tiny_mod
         ("diffusion_nft", {"advantage_clip": 1.0, "nft_strength": 0.5}),
     ):
         tuner = Finetuner(tiny_model, data, config(objective=objective, **options, **changes), seed=0)
-        assert tuner.weight_N.tolist() == [1.0, -1.0]
+        assert tuner.batches.weight_N.tolist() == [1.0, -1.0]
         for _ in range(20):
             tuner.step()
         after = losses(tuner.unet)
@@ -312,7 +231,7 @@ def test_timestep_power_draws_towards_high_noise(tiny_model: DiffusionModel) -> 
     drawn = {
         power: Finetuner(
             tiny_model, data, config(batch_size=500, pretraining_batch_size=0, timestep_power=power), seed=0
-        )._draw(0)
+        ).batches.draw(0)
         for power in (1.0, 2.0)
     }
     # E[T u] = T / 2, E[T u^(1/2)] = 2T / 3
@@ -324,8 +243,8 @@ def test_timestep_power_draws_towards_high_noise(tiny_model: DiffusionModel) -> 
 def test_control_learns_from_pretraining_images_alone(tiny_model: DiffusionModel) -> None:
     data = make_data(tiny_model)
     control = Finetuner(tiny_model, data, config(objective="pretraining_only"), seed=0)
-    assert control._draw(0).num_model == 0
-    assert len(control._draw(0).weight_B) == 3
+    assert control.batches.draw(0).num_model == 0
+    assert len(control.batches.draw(0).weight_B) == 3
     metrics = control.step()
     assert float(metrics["model_loss"]) == 0
     assert float(metrics["loss"]) == pytest.approx(float(metrics["pretraining_loss"]))

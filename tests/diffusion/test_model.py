@@ -13,6 +13,7 @@ from accord.artifacts import verify
 from accord.diffusion.model import DiffusionModel, load_diffusion_model, save_diffusion_model
 from accord.diffusion.sample import SamplerConfig, initial_noise, sample_images
 from accord.errors import ArtifactError
+from tests.tiny import tiny_diffusion_directory
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -159,3 +160,51 @@ def test_a_weight_that_is_not_finite_is_not_saved(tiny_directory: Path, tmp_path
 
 def test_replace_makes_a_model_with_another_unet(tiny_model: DiffusionModel) -> None:
     assert replace(tiny_model, unet=None).vae is tiny_model.vae
+
+
+def edit(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("unet/config.json", {"time_cond_proj_dim": 16}, "missing|condition that no prompt gives"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 77}, "takes 24 tokens.*gives 77"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type 'flow' is none of"),
+        ("model_index.json", {"text_encoder": ["transformers", "T5EncoderModel"]}, "to be a CLIPTextModel"),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionXLPipeline"},
+            "without text_encoder_2, tokenizer_2",
+        ),
+        ("unet/config.json", {"layers_per_block": 2}, "unet: .*tensors are missing|expected shape"),
+        ("unet/config.json", {"block_out_channels": [16, 64]}, "expected shape"),
+        ("vae/config.json", {"block_out_channels": [8, 8, 16, 32]}, "expected shape"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(
+    copied: Path, file: str, changes: dict[str, object], message: str
+) -> None:
+    edit(copied / file, **changes)
+    with pytest.raises(ArtifactError, match=message):
+        load_diffusion_model(copied)
+
+
+def test_a_superfluous_tensor_is_refused_not_left_out(copied: Path) -> None:
+    tensors = load_file(copied / UNET_WEIGHTS)
+    tensors["another.weight"] = torch.zeros(1)
+    save_file(tensors, copied / UNET_WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"unet: 1 tensors have no place.*another\.weight"):
+        load_diffusion_model(copied)
+
+
+def test_all_that_does_not_fit_is_said_at_once(copied: Path, tmp_path: Path) -> None:
+    """A UNet for inpainting, whose text states are of another width."""
+    other = tiny_diffusion_directory(
+        tmp_path / "other", text_width=48, unet_options={"attention_head_dim": 8}
+    )
+    shutil.rmtree(copied / "text_encoder")
+    shutil.copytree(other / "text_encoder", copied / "text_encoder")
+    with pytest.raises(ArtifactError, match=r"do not fit each other: text states are 48 wide.*attends to 32"):
+        load_diffusion_model(copied)

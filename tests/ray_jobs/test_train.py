@@ -9,6 +9,7 @@ import torch
 from accord.artifacts import load_tensors
 from accord.errors import FeedbackError
 from accord.recipe import RayConfig
+from ray_jobs import checkpoints
 from ray_jobs import train as jobs
 from ray_jobs.train import Training, train
 from tests.ray_jobs.training import STEPS
@@ -33,10 +34,12 @@ def test_workers_and_interruptions_change_nothing(
 ) -> None:
     mortal = training("mortal", model, dies_after=5, grave=str(tmp_path / "grave"))
     whole, resumed = train([training("whole", model), mortal], tmp_path, ray_cluster)
-    (shared,) = train(
-        [training("shared", model)], tmp_path, ray_cluster.model_copy(update={"num_workers": 2})
-    )
+    # Of one to three workers the cluster has room for two.
+    elastic = ray_cluster.model_copy(update={"min_workers": 1, "num_workers": 3})
+    killed = training("shared", model, dies_after=3, grave=str(tmp_path / "grave of two"))
+    (shared,) = train([killed], tmp_path, elastic)
     assert (tmp_path / "grave").exists()
+    assert (tmp_path / "grave of two").exists()
 
     expected, same, close = (load_tensors(path / "state.safetensors") for path in (whole, resumed, shared))
     assert expected.keys() == same.keys() == close.keys()
@@ -52,6 +55,20 @@ def test_workers_and_interruptions_change_nothing(
     losses = [json.loads((tmp_path / name / "progress.json").read_text()) for name in ("whole", "shared")]
     assert losses[0]["step"] == losses[1]["step"] == STEPS
     assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-4)
+
+
+def test_sharded_workers_train_alike_and_hand_on_whole_weights(
+    tmp_path: Path, model: Path, ray_cluster: RayConfig
+) -> None:
+    two = ray_cluster.model_copy(update={"num_workers": 2, "background_checkpoints": True})
+    lora = {"parameters": "lora", "lora": {"rank": 4}, "objective": "diffusion_nft"}
+    (sharded,) = train([training("sharded", model, sharding="fsdp", **lora)], tmp_path, two)
+    (alone,) = train([training("alone", model, **lora)], tmp_path, RayConfig(local=True))
+    expected, close = (load_tensors(path / "state.safetensors") for path in (alone, sharded))
+    assert expected.keys() == close.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(close[name], tensor, rtol=1e-3, atol=1e-4)
+    assert len(checkpoints.newest_first(sharded.parent)) == checkpoints.KEPT
 
 
 def test_without_ray_a_training_goes_on_from_its_newest_checkpoint(tmp_path: Path, model: Path) -> None:
@@ -74,7 +91,14 @@ def test_an_error_in_building_arrives_as_itself_and_is_not_retried(
         train([training("nothing", model, build="build_nothing")], tmp_path, ray_cluster)
 
 
-def test_a_half_written_list_of_checkpoints_starts_over(tmp_path: Path) -> None:
+def test_a_half_written_list_of_checkpoints_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "step-00000002").mkdir()
     (tmp_path / jobs.SNAPSHOT).write_text('{"checkpoint_results": [')
     jobs._heal(tmp_path)
-    assert not tmp_path.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    jobs._heal(tmp_path)
+
+
+def test_the_fewest_workers_are_not_above_the_most() -> None:
+    with pytest.raises(ValueError, match=r"min_workers \(3\) must not be above num_workers \(2\)"):
+        RayConfig(num_workers=2, min_workers=3)

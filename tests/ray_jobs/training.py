@@ -1,6 +1,7 @@
 """A fine-tuning on random latents, which may kill its worker once."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import torch
 
 from accord.diffusion.finetune import FinetuneConfig, FinetuneData, Finetuner
 from accord.diffusion.model import load_diffusion_model
+from accord.diffusion.sharding import shard
 from accord.errors import FeedbackError
 
 STEPS = 6
 
 
 class Mortal:
-    """A learner whose process ends abruptly after some steps, unless `grave` says that it has died before.
+    """A learner whose process is killed after some steps, unless `grave` says that it has died before.
 
     `raises`: an exception instead.
     """
@@ -30,7 +32,7 @@ class Mortal:
             self.grave.touch()
             if self.raises:
                 raise RuntimeError(f"died at step {self.dies_after}")
-            os._exit(1)
+            os.kill(os.getpid(), signal.SIGKILL)
         return self.learner.step()
 
 
@@ -44,8 +46,10 @@ def build(
     dies_after: int = -1,
     grave: str = "",
     raises: bool = False,
+    seed: int = 0,
+    **changes: Any,
 ) -> Any:
-    """A Build of ray_jobs.train."""
+    """A Build of ray_jobs.train; `changes` are those of FinetuneConfig."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -61,9 +65,12 @@ def build(
         text_KTD=random(3, 24, 32),
         empty_text_TD=random(24, 32),
     )
-    config = FinetuneConfig(steps=STEPS, batch_size=4, pretraining_batch_size=4, learning_rate=1e-3)
+    small = {"steps": STEPS, "batch_size": 4, "pretraining_batch_size": 4, "learning_rate": 1e-3}
+    config = FinetuneConfig.model_validate(small | changes)
     base = load_diffusion_model(model, device=device)
-    learner = Finetuner(base, data, config, 0, rank=rank, world_size=world_size, wrap=wrap)
+    if wrap is not None and config.sharding == "fsdp":
+        wrap = shard
+    learner = Finetuner(base, data, config, seed, rank=rank, world_size=world_size, wrap=wrap)
     return Mortal(learner, dies_after, Path(grave), raises)
 
 

@@ -1,5 +1,6 @@
 """CLIP features: the same preprocessing as open_clip's, refused inputs, and the cache."""
 
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -304,3 +305,26 @@ class TestFeatureCache:
         loader = Loader(3)
         assert len(FeatureCache(tmp_path, encoder).image_features(list(loader.images), loader)) == 3
         assert sizes == [2, 2]
+
+
+def test_the_hub_is_asked_only_where_that_is_allowed(
+    clip_directory: Path, encoder: ClipEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache, as it would have been filled, and no network."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--tiny"
+    shutil.copytree(clip_directory, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("ACCORD_ALLOW_HUB", raising=False)
+    with pytest.raises(ConfigError, match="ACCORD_ALLOW_HUB=1"):
+        ClipEncoder("hub:someone/tiny")
+    monkeypatch.setenv("ACCORD_ALLOW_HUB", "1")
+    assert ClipEncoder("hub:someone/tiny").digest == encoder.digest
+    assert ClipEncoder(f"hub:someone/tiny@{revision}").digest == encoder.digest
+    with pytest.raises(ArtifactError, match="could not be had from the hub"):
+        ClipEncoder("hub:someone/other")
+    with pytest.raises(ConfigError, match="names no model of the hub"):
+        ClipEncoder("hub:tiny")
