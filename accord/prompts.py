@@ -43,6 +43,7 @@ __all__ = ["ATTRIBUTES", "Attribute", "Category", "Grammar", "Prompt", "PromptPl
 
 # Every text of a grammar is indexed when it is loaded, so its size has to have an end.
 _LARGEST_GRAMMAR = 1_000_000
+_MOST_ALTERNATIVES = 65_536
 
 
 class Split(StrEnum):
@@ -292,6 +293,21 @@ class Grammar(Config):
 
     def _replaced(self, prompt: Prompt, fields: tuple[str, ...], generator: random.Random) -> list[Prompt]:
         """All allowed prompts that differ from `prompt` in exactly these fields, shuffled."""
+        key = (prompt.text, fields)
+        if key not in self._alternatives:
+            if len(self._alternatives) >= _MOST_ALTERNATIVES:
+                self._alternatives.clear()
+            self._alternatives[key] = self._differing(prompt, fields)
+        allowed = list(self._alternatives[key])
+        generator.shuffle(allowed)
+        return allowed
+
+    @cached_property
+    def _alternatives(self) -> dict[tuple[str, tuple[str, ...]], tuple[Prompt, ...]]:
+        """What `_differing` found: thousands of images share a prompt, and making prompts is slow."""
+        return {}
+
+    def _differing(self, prompt: Prompt, fields: tuple[str, ...]) -> tuple[Prompt, ...]:
         meaning = prompt.meaning
         alternatives = []
         for field in fields:
@@ -301,9 +317,7 @@ class Grammar(Config):
         for replacement in product(*alternatives):
             meaning.update(zip(fields, replacement, strict=True))
             others.append(self.make(**meaning))
-        allowed = [other for other in others if other.split in _NOT_FURTHER[prompt.split]]
-        generator.shuffle(allowed)
-        return allowed
+        return tuple(other for other in others if other.split in _NOT_FURTHER[prompt.split])
 
 
 def load_grammar(name_or_path: str | Path) -> Grammar:

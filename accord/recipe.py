@@ -14,7 +14,7 @@ from accord.evaluation.plan import draw_prompts
 from accord.guards.settings import JUDGEMENTS
 from accord.prompts import Category, Grammar, PromptPlan, Split, load_grammar
 from accord.registry.settings import RegistryConfig
-from accord.reward.settings import RewardConfig
+from accord.reward.settings import BUILT_IN_SCORERS, RewardConfig, RewardTerm
 
 ObjectSpec = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")]
 """A Python object by name, "package.module:attribute"."""
@@ -160,6 +160,9 @@ class Recipe(Config):
     collect: CollectConfig
     feedback: FeedbackConfig = FeedbackConfig()
     reward: RewardConfig = RewardConfig()
+    rewards: tuple[RewardTerm, ...] = ()
+    """What images are weighted and ranked by: the weighted mean of these; by default the learned reward
+    alone."""
     finetune: FinetuneConfig = FinetuneConfig()
     on_policy: OnPolicyConfig = OnPolicyConfig()
     control: bool = True
@@ -186,6 +189,17 @@ class Recipe(Config):
                 "finetune.guards.held_out is judgements: those that reward.validation_fraction keeps from "
                 "the reward, which is 0; set it above 0, or name another judge"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_have_titles_of_their_own(self) -> Self:
+        titles = [term.title for term in self.rewards]
+        twice = sorted({title for title in titles if titles.count(title) > 1})
+        if twice:
+            raise ValueError(f"rewards has {', '.join(twice)} more than once: give each a name of its own")
+        for term in self.rewards:
+            if term.options and term.scorer in BUILT_IN_SCORERS and term.scorer != "text_normalised":
+                raise ValueError(f"rewards: the scorer {term.scorer} has no options; remove them")
         return self
 
     def feedback_url(self, run_dir: Path) -> str:

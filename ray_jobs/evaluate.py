@@ -30,7 +30,7 @@ from ray_jobs.finetune import has_control
 from ray_jobs.generation import Row, Source, generate
 from ray_jobs.judge import judgement_key
 from ray_jobs.progress import bar
-from ray_jobs.score import score_images
+from ray_jobs.score import rewards_config, rewards_of, score_images
 from ray_jobs.stages import Stage, is_done, required, stage_writer, timed
 
 KIND = "evaluation"
@@ -50,6 +50,8 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
     """
     models = _models(recipe, run_dir)
     rewards = {name: required(run_dir, name).digest for name in ("reward", "reward_no_auxiliary")}
+    if recipe.rewards:  # they are normalised as the candidates were
+        rewards["scores"] = required(run_dir, "scores").digest
     if recipe.reference is None:
         raise ConfigError("evaluate needs real images to compare with, but the recipe's reference is null")
     reference = sources.run(recipe, run_dir, "reference")
@@ -64,6 +66,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
             "judgements_per_image": recipe.feedback.judgements_per_image,
             "aggregation": recipe.feedback.aggregation,
             **config,
+            **rewards_config(recipe),
         },
         recipe.seed,
         {name: model.digest for name, model in models.items()} | rewards | {"reference": reference.digest},
@@ -170,6 +173,9 @@ def _measure_all(recipe: Recipe, run_dir: Path, stage: Stage, rows: pd.DataFrame
     for name in SCORES:
         measured[name] = np.nan
         measured.loc[claims, name] = scores[name]
+    best_of = measured["group"] == BEST_OF
+    if recipe.rewards and best_of.any():  # what the model is tuned for is what ranks its images
+        measured.loc[best_of, "reward"] = rewards_of(recipe, run_dir, measured[best_of])
     grammar = load_grammar(recipe.grammar)
     measured["fits"] = _labels(recipe, run_dir, grammar, measured)
     calibrated = measured[claims].assign(

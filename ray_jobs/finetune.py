@@ -21,7 +21,7 @@ from ray_jobs import _cli, cluster, collect, inputs, sources
 from ray_jobs.finetune_data import prepare_data
 from ray_jobs.generation import Source
 from ray_jobs.guards import Guards
-from ray_jobs.score import load_scores, score_images
+from ray_jobs.score import load_scores, rewards_of
 from ray_jobs.snapshots import Snapshots, unet_of
 from ray_jobs.stages import Stage, is_done, required, timed
 from ray_jobs.train import Tracking, Training, train
@@ -147,8 +147,7 @@ def _further_rounds(
             recipe, run_dir, f"round {number}", recipe.on_policy.images, source, directory
         )
         if not (directory / "data.safetensors").exists():
-            scores = cluster.on_device(recipe.ray, score_images, recipe, run_dir, ["reward"], images)
-            images["reward"] = scores["reward"]
+            images["reward"] = cluster.on_device(recipe.ray, rewards_of, recipe, run_dir, images)
         data = _prepared(recipe, run_dir, source, images, directory)
         name = f"aligned-round-{number}"
         training = _training(recipe, run_dir, name, recipe.finetune, data, source, number, guards)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 
@@ -34,6 +35,7 @@ from accord.recipe import Recipe
 from accord.tracking import attach
 from ray_jobs import cluster, inputs, learn_reward
 from ray_jobs.progress import say
+from ray_jobs.score import rewards_of
 from ray_jobs.snapshots import Snapshots, ask_to_stop, pending, unet_of
 from ray_jobs.stages import write_json
 
@@ -211,7 +213,7 @@ class Meter:
             config.images_per_prompt,
             recipe.collect.sampler,
             recipe.seed,
-            reward=reward_of(run_dir / "reward"),
+            reward=_several_rewards(recipe, run_dir) if recipe.rewards else reward_of(run_dir / "reward"),
             held_out=reward_of(self.directory / "held_out")
             if config.held_out == JUDGEMENTS
             else make_judge(config.held_out),
@@ -248,6 +250,17 @@ class _LastFeatures:
         if missing:
             self._texts |= dict(zip(missing, self.encoder.text_features(missing), strict=True))
         return torch.stack([self._texts[text] for text in prompts])
+
+
+def _several_rewards(recipe: Recipe, run_dir: Path) -> Judge:
+    """The recipe's weighted mean of rewards, by the measure of the run's scored candidates."""
+
+    def judge(images_BHWC: Pixels, prompts: Sequence[str]) -> list[float]:
+        folder = inputs.image_folder(run_dir)
+        digests = [folder.put(encode_png(image)) for image in images_BHWC]
+        return rewards_of(recipe, run_dir, pd.DataFrame({"image": digests, "prompt": list(prompts)}))
+
+    return judge
 
 
 def _start_meter(recipe: Recipe, run_dir: Path) -> Any:

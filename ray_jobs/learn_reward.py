@@ -5,7 +5,7 @@ compare.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from accord.prompts import load_grammar
 from accord.recipe import Recipe
 from accord.reward.settings import RewardConfig
 from ray_jobs import _cli, cluster, collect, inputs
+from ray_jobs.progress import say
 from ray_jobs.stages import Stage, is_done, required, timed
 from ray_jobs.train import Tracking, Training, train
 
@@ -32,9 +33,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
         "reward_no_auxiliary": recipe.reward.model_copy(update={"auxiliary_weight": 0.0}),
     }
     stages = {
-        name: Stage(
-            name, KIND, {"grammar": recipe.grammar, **config.model_dump(mode="json")}, recipe.seed, digests
-        )
+        name: Stage(name, KIND, {"grammar": recipe.grammar, **config.described()}, recipe.seed, digests)
         for name, config in configs.items()
     }
     missing = [name for name, stage in stages.items() if not is_done(stage, run_dir)]
@@ -139,10 +138,26 @@ def _save(
     learner.load(checkpoint)
     _, encoder = feature_cache(recipe, run_dir)
     model = RewardModel(
-        learner.trained_head(), encoder, temperature=config.temperature, calibration=learner.calibration()
+        learner.trained_head(),
+        encoder,
+        temperature=config.temperature,
+        calibration=learner.calibration(),
+        uncertainty_penalty=config.uncertainty_penalty,
     )
-    config_now = {**stage.config, "validation": learner.validate()}
+    report = learner.calibration_report()
+    config_now = {**stage.config, "validation": learner.validate(), "calibration_report": report}
     model.save(run_dir / stage.name, inputs=stage.inputs, config=config_now, seed=recipe.seed)
+    if stage.name == "reward":
+        say(calibration_line(report))
+
+
+def calibration_line(report: Mapping[str, Any] | None) -> str:
+    """What a person wants to know of a calibration report."""
+    if report is None:
+        return "Calibration: none, there are no good and bad images that were kept from training"
+    scaled = report["ece_calibrated"]
+    after = "" if scaled is None else f", {scaled:.3f} once scaled by the other half's {report['method']}"
+    return f"Calibration error on {report['images']} images kept from training: {report['ece']:.3f}{after}"
 
 
 if __name__ == "__main__":

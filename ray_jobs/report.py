@@ -45,6 +45,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
             config=recipe.evaluate,
             seed=recipe.seed,
             raters=snapshot_raters(run_dir / "snapshot"),
+            calibration=stages.required(run_dir, "reward").config.get("calibration_report"),
             feature_name=inputs.make_evaluator(recipe).feature_name,
         )
         if recipe.finetune.guards is not None:

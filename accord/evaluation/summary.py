@@ -17,8 +17,8 @@ readable.MODEL                share of readable images
 change.MODEL                  diversity, readable and frechet above the base's
 frontier                      one entry for each model and guidance scale, on the "choice" prompts
 frontier_gain.MODEL           success above the base's at equal guidance, and at equal Fréchet distance
-feedback, raters (who judged, and how much they agree), agreement (judge and evaluator), protocol, digests,
-seconds.STAGE, verdict
+feedback, raters (who judged, and how much they agree), calibration (of the reward, where it was fitted),
+agreement (judge and evaluator), protocol, digests, seconds.STAGE, verdict
 """
 
 from collections.abc import Mapping
@@ -86,6 +86,7 @@ def build_summary(
     seed: int,
     feature_name: str,
     raters: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The summary of a comparison: plain JSON values only, the same for the same input and seed.
 
@@ -102,6 +103,8 @@ def build_summary(
             clip.
         feature_name: what the features are, for the report.
         raters: who judged; see `accord.feedback.snapshot.snapshot_raters`.
+        calibration: of the reward on images that learning left out; see
+            `accord.reward.calibration.calibration_report`.
 
     Raises:
         AccordError: for missing columns, unaligned features, a prompt on which both guidance was chosen and a
@@ -143,6 +146,7 @@ def build_summary(
         },
         "feedback": feedback,
         "raters": raters or {},
+        "calibration": calibration or {},
         "agreement": _agreement(measurements, bootstrap),
         "protocol": _protocol(test, config, seed),
         "digests": digests,

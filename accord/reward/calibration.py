@@ -1,16 +1,19 @@
 """How far a reward can be read as the probability that people call an image good. Pure numpy.
 
-Shapes: B judged images, K bins.
+Shapes: B judged images, C parameters of a scaling, K bins.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from accord.errors import FeedbackError
+from accord.reward.settings import CalibrationMethod
 
 Floats = NDArray[np.float64]
 
@@ -30,7 +33,7 @@ class Platt:
         return _sigmoid(self.slope * _logit(score) + self.intercept)
 
 
-def fit_platt(score_B: ArrayLike, label_B: ArrayLike, *, iterations: int = 100) -> Platt:
+def fit_platt(score_B: ArrayLike, label_B: ArrayLike) -> Platt:
     """The Platt scaling that makes the labels likeliest (Platt 1999), by Newton's method.
 
     Labels above 0.5 are good. As in Platt's paper the targets are (good + 1) / (good + 2) and 1 / (bad + 2)
@@ -40,7 +43,31 @@ def fit_platt(score_B: ArrayLike, label_B: ArrayLike, *, iterations: int = 100) 
     Raises:
         FeedbackError: when the labels are all good or all bad.
     """
-    logit_B = _logit(score_B)
+    target_B, logit_B = _targets(label_B), _logit(score_B)
+    slope, intercept = _likeliest(np.stack([logit_B, np.ones_like(logit_B)], axis=1), target_B)
+    if slope < 0:
+        share = float(target_B.mean())
+        return Platt(slope=0.0, intercept=float(np.log(share / (1 - share))))
+    return Platt(float(slope), float(intercept))
+
+
+def fit_temperature(score_B: ArrayLike, label_B: ArrayLike) -> Platt:
+    """Temperature scaling (Guo et al. 2017): sigmoid(logit(score) / T), a slope of 1 / T without intercept.
+
+    One number can be fitted on few images, and it leaves a score of 1/2 where it is. Targets and errors are
+    those of `fit_platt`.
+    """
+    (slope,) = _likeliest(_logit(score_B)[:, None], _targets(label_B))
+    return Platt(slope=max(float(slope), 0.0))
+
+
+FITS: dict[CalibrationMethod, Callable[[ArrayLike, ArrayLike], Platt]] = {
+    "platt": fit_platt,
+    "temperature": fit_temperature,
+}
+
+
+def _targets(label_B: ArrayLike) -> Floats:
     good_B = np.asarray(label_B, dtype=np.float64) > 0.5
     num_good, num_bad = int(good_B.sum()), int((~good_B).sum())
     if num_good == 0 or num_bad == 0:
@@ -48,23 +75,25 @@ def fit_platt(score_B: ArrayLike, label_B: ArrayLike, *, iterations: int = 100) 
             f"cannot calibrate on {num_good} good and {num_bad} bad images: both kinds are needed; "
             "judge more images"
         )
-    target_B: Floats = np.where(good_B, (num_good + 1) / (num_good + 2), 1 / (num_bad + 2)).astype(np.float64)
-    inputs_B2 = np.stack([logit_B, np.ones_like(logit_B)], axis=1)
-    parameters_2 = np.array([1.0, 0.0])
+    targets: Floats = np.where(good_B, (num_good + 1) / (num_good + 2), 1 / (num_bad + 2)).astype(np.float64)
+    return targets
+
+
+def _likeliest(inputs_BC: Floats, target_B: Floats, iterations: int = 100) -> Floats:
+    """parameters_C of the logistic regression on these inputs, from 1, 0, ..., 0."""
+    parameters_C = np.zeros(inputs_BC.shape[1])
+    parameters_C[0] = 1.0
     for _ in range(iterations):
-        probability_B = _sigmoid(inputs_B2 @ parameters_2)
-        gradient_2 = inputs_B2.T @ (probability_B - target_B)
+        probability_B = _sigmoid(inputs_BC @ parameters_C)
+        gradient_C = inputs_BC.T @ (probability_B - target_B)
         curvature_B = np.maximum(probability_B * (1 - probability_B), 1e-12)
-        hessian_22 = (inputs_B2 * curvature_B[:, None]).T @ inputs_B2 + 1e-9 * np.eye(2)
-        newton_2 = np.linalg.solve(hessian_22, gradient_2).astype(np.float64)
-        step_2 = _damped(inputs_B2, target_B, parameters_2, newton_2)
-        parameters_2 = parameters_2 - step_2
-        if np.abs(step_2).max() < 1e-10:
+        hessian_CC = (inputs_BC * curvature_B[:, None]).T @ inputs_BC + 1e-9 * np.eye(len(parameters_C))
+        newton_C = np.linalg.solve(hessian_CC, gradient_C).astype(np.float64)
+        step_C = _damped(inputs_BC, target_B, parameters_C, newton_C)
+        parameters_C = parameters_C - step_C
+        if np.abs(step_C).max() < 1e-10:
             break
-    if parameters_2[0] < 0:
-        share = float(target_B.mean())
-        return Platt(slope=0.0, intercept=float(np.log(share / (1 - share))))
-    return Platt(slope=float(parameters_2[0]), intercept=float(parameters_2[1]))
+    return parameters_C
 
 
 @dataclass(frozen=True)
@@ -103,14 +132,59 @@ def expected_calibration_error(score_B: ArrayLike, label_B: ArrayLike, bins: int
     return sum(gaps) / sum(bin_.count for bin_ in found)
 
 
-def _damped(inputs_B2: Floats, target_B: Floats, parameters_2: Floats, step_2: Floats) -> Floats:
+def calibration_report(
+    score_B: ArrayLike, label_B: ArrayLike, method: CalibrationMethod, bins: int = 10
+) -> dict[str, Any]:
+    """The scaling that is fitted on these images and what it does to their scores, as plain values.
+
+    method, slope, intercept, images; ece and reliability of the scores as they are, and ece_calibrated and
+    reliability_calibrated of each half of the images scaled by what was fitted on the other half: on the
+    images that it was fitted on, a scaling looks better than it is. These are None where a half has labels of
+    one kind only.
+
+    Raises:
+        FeedbackError: when the labels are all good or all bad.
+    """
+    scores_B, labels_B = np.asarray(score_B, dtype=np.float64), np.asarray(label_B, dtype=np.float64)
+    scaling = FITS[method](scores_B, labels_B)
+    report: dict[str, Any] = {
+        "method": method,
+        "slope": scaling.slope,
+        "intercept": scaling.intercept,
+        "images": len(scores_B),
+        "ece": expected_calibration_error(scores_B, labels_B, bins),
+        "reliability": [asdict(bin_) for bin_ in reliability_bins(scores_B, labels_B, bins)],
+        "ece_calibrated": None,
+        "reliability_calibrated": None,
+    }
+    scaled_B = _cross_fitted(scores_B, labels_B, method)
+    if scaled_B is not None:
+        report["ece_calibrated"] = expected_calibration_error(scaled_B, labels_B, bins)
+        report["reliability_calibrated"] = [asdict(b) for b in reliability_bins(scaled_B, labels_B, bins)]
+    return report
+
+
+def _cross_fitted(score_B: Floats, label_B: Floats, method: CalibrationMethod) -> Floats | None:
+    """Each half's scores (every other good and every other bad image) scaled by the fit of the other half."""
+    good_B = label_B > 0.5
+    if min(good_B.sum(), (~good_B).sum()) < 2:
+        return None
+    place_B = np.where(good_B, np.cumsum(good_B), np.cumsum(~good_B))
+    scaled_B = np.empty_like(score_B)
+    for half in (0, 1):
+        mine_B = place_B % 2 == half
+        scaled_B[mine_B] = FITS[method](score_B[~mine_B], label_B[~mine_B])(score_B[mine_B])
+    return scaled_B
+
+
+def _damped(inputs_BC: Floats, target_B: Floats, parameters_C: Floats, step_C: Floats) -> Floats:
     """Newton's step, halved until it does not raise the loss: far from the optimum it can overshoot."""
-    before = _cross_entropy(inputs_B2 @ parameters_2, target_B)
+    before = _cross_entropy(inputs_BC @ parameters_C, target_B)
     for _ in range(30):
-        if _cross_entropy(inputs_B2 @ (parameters_2 - step_2), target_B) <= before:
-            return step_2
-        step_2 = step_2 / 2
-    return np.zeros_like(step_2)
+        if _cross_entropy(inputs_BC @ (parameters_C - step_C), target_B) <= before:
+            return step_C
+        step_C = step_C / 2
+    return np.zeros_like(step_C)
 
 
 def _cross_entropy(logit_B: Floats, target_B: Floats) -> float:

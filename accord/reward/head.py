@@ -1,7 +1,8 @@
 """The reward head: a small MLP on frozen CLIP features (Lee et al. 2023, section 3.2: two layers of 1,024,
 ReLU).
 
-Shapes: ... any leading dimensions, D features, H hidden units, I inputs of the MLP.
+Shapes: ... any leading dimensions, D features, H hidden units; with rows,
+B images, K prompts and P pairs of these.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from accord.errors import ArtifactError
 from accord.reward.settings import Combine
+
+Rows = tuple[Tensor, Tensor]
+"""Of each pair, the row of its image and that of its prompt, both [P]."""
 
 
 class RewardHead(nn.Module):
@@ -54,8 +58,17 @@ class RewardHead(nn.Module):
         # gradient of the squared error then vanishes through the sigmoid, and all rewards stay at 0.
         nn.init.zeros_(last.weight)
 
-    def logits(self, image: Tensor, text: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
+    def logits(
+        self,
+        image: Tensor,
+        text: Tensor,
+        masks: Sequence[Tensor] | None = None,
+        rows: Rows | None = None,
+    ) -> Tensor:
         """The reward before the sigmoid: image (..., D), text (..., D) -> (...).
+
+        With `rows` the pairs are those rows of image (B, D) and text (K, D): what can be computed once for an
+        image or a prompt is. -> (P,), the same up to rounding.
 
         `masks`: one (..., H) for each hidden layer, by which its units are multiplied (dropout, drawn by the
         caller so that it depends on nothing but the seed).
@@ -66,33 +79,66 @@ class RewardHead(nn.Module):
                 f"and {text.shape[-1]} for the text: they are of another CLIP"
             )
         if self.combine == "adapter":
-            return self._adapted_similarity(image, text)
+            return self._adapted_similarity(image, text, rows)
+        if rows is not None:
+            return self._above(self._first_layer(image, text, *rows), masks)
         parts = [image, text]
         if self.combine == "concat_product":
             parts.append(image * text * self.dim**0.5)
         values = torch.cat(parts, dim=-1) * self.dim**0.5
-        for layer, linear in enumerate(self.linears[:-1]):
-            values = torch.relu(linear(values))
+        return self._above(self.linears[0](values), masks)
+
+    def _above(self, values: Tensor, masks: Sequence[Tensor] | None) -> Tensor:
+        """The logits, from what the first linear map gives."""
+        for layer, linear in enumerate(self.linears[1:]):
+            values = torch.relu(values)
             if masks is not None:
                 values = values * masks[layer]
-        logits: Tensor = self.linears[-1](values).squeeze(-1)
-        return logits
+            values = linear(values)
+        return values.squeeze(-1)
 
-    def _adapted_similarity(self, image: Tensor, text: Tensor) -> Tensor:
+    def _first_layer(self, image_BD: Tensor, text_KD: Tensor, image_P: Tensor, text_P: Tensor) -> Tensor:
+        """The first linear map of pairs: the map of a concatenation is the sum of the maps of its parts."""
+        first = self.linears[0]
+        assert isinstance(first, nn.Linear)
+        scale, dim = self.dim**0.5, self.dim
+        image_BH = (scale * image_BD) @ first.weight[:, :dim].T + first.bias
+        text_KH = (scale * text_KD) @ first.weight[:, dim : 2 * dim].T
+        values_PH = image_BH.index_select(0, image_P) + text_KH.index_select(0, text_P)
+        if self.combine == "concat_product":
+            product_PD = image_BD.index_select(0, image_P) * text_KD.index_select(0, text_P)
+            values_PH = values_PH + (dim * product_PD) @ first.weight[:, 2 * dim :].T
+        return values_PH
+
+    def _adapted_similarity(self, image: Tensor, text: Tensor, rows: Rows | None) -> Tensor:
         """s <x + A x, z + B z> + u x + v z + b, which starts as 10 <x, z> - 3 with x, z the features.
 
         The factors make one learning rate fit all: a map changes slowly, scale and offset quickly.
         """
         image_mapped = image + 0.1 * image @ self.image_map
         text_mapped = text + 0.1 * text @ self.text_map
+        image_bias, text_bias = image @ self.image_bias, text @ self.text_bias
+        if rows is not None:
+            image_P, text_P = rows
+            image_mapped, text_mapped = (
+                image_mapped.index_select(0, image_P),
+                text_mapped.index_select(0, text_P),
+            )
+            image_bias, text_bias = image_bias[image_P], text_bias[text_P]
         similarity = (image_mapped * text_mapped).sum(-1)
-        bias = 5 * (image @ self.image_bias + text @ self.text_bias)
+        bias = 5 * (image_bias + text_bias)
         logits: Tensor = (10 + 10 * self.scale) * similarity + bias - 3 + 10 * self.offset
         return logits
 
-    def forward(self, image: Tensor, text: Tensor, masks: Sequence[Tensor] | None = None) -> Tensor:
-        """The reward in [0, 1]: image (..., D), text (..., D) -> (...)."""
-        return torch.sigmoid(self.logits(image, text, masks))
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        masks: Sequence[Tensor] | None = None,
+        rows: Rows | None = None,
+    ) -> Tensor:
+        """The reward in [0, 1]: image (..., D), text (..., D) -> (...); see `logits`."""
+        return torch.sigmoid(self.logits(image, text, masks, rows).float())
 
 
 def _initialise(linear: nn.Module, generator: torch.Generator | None) -> None:

@@ -7,8 +7,11 @@ one:
    batch, of which each worker takes every world_size-th image: so there is no data cursor to save;
  - losses are divided by the weight of the whole batch: so the workers' losses add up (see losses.py).
 
+An ensemble's heads see the same batches, each with weights of its own for the judgements; what is minimised
+is the sum of their losses, and what is reported the mean.
+
 Shapes: N judged images, B of them in a worker's part of a batch, G of these good, M wrong prompts an image, K
-prompts, D features, H hidden units, P pairs of an image and a prompt.
+prompts, D features, E heads, H hidden units, L hidden layers, P pairs of an image and a prompt.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +29,9 @@ from torch import Tensor, nn
 
 from accord.artifacts import Manifest, artifact_writer, load_tensors, save_tensors, verify
 from accord.errors import ArtifactError, ConfigError
-from accord.reward.calibration import Platt, fit_platt
+from accord.reward.calibration import FITS, Platt, calibration_report
 from accord.reward.data import RewardData, build_reward_data, require_both_labels
-from accord.reward.head import RewardHead
+from accord.reward.ensemble import Head, combined, make_head, members, resampling_weights, uncertainty
 from accord.reward.losses import GOOD, prompt_probabilities, reward_loss
 from accord.reward.settings import RewardConfig
 from accord.training import generator_for, refuse_another_run, scheduled_rate
@@ -37,6 +41,8 @@ __all__ = ["RewardConfig", "RewardData", "RewardLearner", "build_reward_data"]
 CHECKPOINT_KIND = "reward_checkpoint"
 # What may differ between two legs of a run: when it reports and saves.
 FREE_KEYS = frozenset({"log_every", "checkpoint_every"})
+_CHUNK = 8192
+"""Pairs that are measured at once: bounds the memory that validation needs."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +54,14 @@ class _Batch:
     good_B: Tensor  # rows of the batch, [G]
     owner_P: Tensor
     text_index_P: Tensor
-    mask_BLH: Tensor | None
-    weight_sum: float  # of the whole batch
-    good_weight_sum: float
+    mask_EBLH: Tensor | None
+    weight_sum_E: list[float]  # of the whole batch
+    good_weight_sum_E: list[float]
 
 
 class RewardLearner:
-    """Trains a RewardHead. `wrap` makes it distributed (DistributedDataParallel, which averages gradients
-    over the workers) and must share its parameters with the head that it is given.
+    """Trains a RewardHead, or an ensemble of them. `wrap` makes it distributed (DistributedDataParallel,
+    which averages gradients over the workers) and must share its parameters with the head that it is given.
 
     Raises FeedbackError when there is nothing to learn from, ConfigError for data or workers that do not fit.
     """
@@ -79,17 +85,22 @@ class RewardLearner:
         # waits for it.
         self.image_ND, self.text_KD = data.image_ND.to(self.device), data.text_KD.to(self.device)
         self.text_index_N, self.contrast_index_NM = data.text_index_N.cpu(), data.contrast_index_NM.cpu()
-        self.label_N, self.weight_N = data.label_N.cpu().float(), data.weight_N.cpu().float()
+        self.label_N = data.label_N.cpu().float()
+        self.weight_EN = data.weight_N.cpu().float() * resampling_weights(
+            config.ensemble, len(self.label_N), seed
+        )
         self.train_indices, self.validation_indices = split(self.label_N, config.validation_fraction, seed)
         require_both_labels(self.label_N[self.train_indices].tolist(), "the part of the snapshot to train on")
         dim = self.image_ND.shape[1]
-        self.head = RewardHead(
-            dim, config.hidden_size, config.layers, config.combine, generator_for(seed, "head", 0)
-        )
-        self.head.to(self.device)
+        self.head = make_head(
+            dim, config.hidden_size, config.layers, config.combine, config.ensemble, seed
+        ).to(self.device)
         self.forward_head = wrap(self.head) if wrap else self.head
         self.optimizer = torch.optim.AdamW(
-            self.head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            self.head.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True if config.fast else None,
         )
         self.step_index = 0
 
@@ -127,13 +138,13 @@ class RewardLearner:
         """Measures the head on the validation images; {} when there are none. Waits for the device.
 
         mse and accuracy (of reward > 0.5) against the labels; probability of the true prompt (Eq. 1) on good
-        images.
+        images; and of an ensemble its mean uncertainty.
         """
         index = self.validation_indices
         if len(index) == 0:
             return {}
-        reward_B = self._rewards(index, self.text_index_N[index])
-        label_B = self.label_N[index]
+        reward_EB = self._rewards(index, self.text_index_N[index])
+        reward_B, label_B = combined(reward_EB, self.config.uncertainty_penalty), self.label_N[index]
         values = {
             "validation_mse": float(((reward_B - label_B) ** 2).mean()),
             "validation_accuracy": float(((reward_B > GOOD) == (label_B > GOOD)).float().mean()),
@@ -141,20 +152,25 @@ class RewardLearner:
         good = index[label_B > GOOD]
         if len(good):
             texts_GN = torch.cat([self.text_index_N[good, None], self.contrast_index_NM[good]], dim=1)
-            reward_GN = torch.stack([self._rewards(good, texts_G) for texts_G in texts_GN.T], dim=1)
+            reward_GN = torch.stack([self._score(good, texts_G) for texts_G in texts_GN.T], dim=1)
             probability_G = prompt_probabilities(reward_GN, self.config.temperature)[:, 0]
             values["validation_prompt_probability"] = float(probability_G.mean())
+        if len(reward_EB) > 1:
+            values["validation_uncertainty"] = float(uncertainty(reward_EB).mean())
         return values
 
     def calibration(self) -> Platt | None:
-        """Platt scaling fitted on the validation images; None unless they hold good and bad ones."""
-        index = self.validation_indices
-        label_B = self.label_N[index] > GOOD
-        if len(index) == 0 or bool(label_B.all()) or not bool(label_B.any()):
-            return None
-        return fit_platt(self._rewards(index, self.text_index_N[index]).numpy(), label_B.numpy())
+        """The scaling fitted on the validation images; None unless they hold good and bad ones."""
+        scores = self._validation_scores()
+        return None if scores is None else FITS[self.config.calibration](*scores)
 
-    def trained_head(self) -> RewardHead:
+    def calibration_report(self) -> dict[str, Any] | None:
+        """What the scaling does on the validation images (see accord.reward.calibration); None without
+        one."""
+        scores = self._validation_scores()
+        return None if scores is None else calibration_report(*scores, self.config.calibration)
+
+    def trained_head(self) -> Head:
         """A frozen copy of the head, on the CPU."""
         return copy.deepcopy(self.head).cpu().eval().requires_grad_(False)
 
@@ -207,12 +223,13 @@ class RewardLearner:
         """This worker's part of the batch of `step`; all on the CPU."""
         config = self.config
         drawn = self.train_indices[_choose(len(self.train_indices), config.batch_size, step, self.seed)]
-        mask_BLH = None
+        mask_EBLH = None
         if config.dropout > 0:
-            shape = (len(drawn), config.layers, config.hidden_size)
+            shape = (config.ensemble, len(drawn), config.layers, config.hidden_size)
             keep = torch.rand(shape, generator=generator_for(self.seed, "dropout", step)) >= config.dropout
-            mask_BLH = (keep.float() / (1 - config.dropout))[self.rank :: self.world_size]
-        weight, good = self.weight_N[drawn], self.label_N[drawn] > GOOD
+            mask_EBLH = (keep.float() / (1 - config.dropout))[:, self.rank :: self.world_size]
+        good = self.label_N[drawn] > GOOD
+        weights = [weight_N[drawn] for weight_N in self.weight_EN]
         mine = drawn[self.rank :: self.world_size]
         good_B = torch.nonzero(self.label_N[mine] > GOOD).flatten()
         owners, texts = [torch.arange(len(mine))], [self.text_index_N[mine]]
@@ -225,42 +242,77 @@ class RewardLearner:
             good_B=good_B,
             owner_P=torch.cat(owners),
             text_index_P=torch.cat(texts),
-            mask_BLH=mask_BLH,
-            weight_sum=float(weight.sum()),
-            good_weight_sum=float(weight[good].sum()),
+            mask_EBLH=mask_EBLH,
+            weight_sum_E=[float(weight_B.sum()) for weight_B in weights],
+            good_weight_sum_E=[float(weight_B[good].sum()) for weight_B in weights],
         )
 
     def _loss(self, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """One forward pass over all pairs, then the losses of its parts."""
-        image_PD = self.image_ND[self._put(batch.image_index_B[batch.owner_P])]
-        text_PD = self.text_KD[self._put(batch.text_index_P)]
+        """One forward pass over all pairs, then the losses of its parts, for each head."""
+        reward_EP = members(self._forward(batch), self.head)
+        num_images, num_good = len(batch.image_index_B), len(batch.good_B)
+        good_B, label_B = self._put(batch.good_B), self._put(self.label_N[batch.image_index_B])
+        losses, metrics = [], []
+        for head, reward_P in enumerate(reward_EP.unbind(0)):
+            reward_B = reward_P[:num_images]
+            # Without the auxiliary loss there are no wrong prompts: one column, of which the cross-entropy
+            # is 0.
+            wrong_GM = reward_P[num_images:].reshape(num_good, -1) if num_good else reward_P.new_zeros(0, 1)
+            weight_B = self._put(self.weight_EN[head, batch.image_index_B])
+            loss, terms = reward_loss(
+                reward_B,
+                label_B,
+                weight_B,
+                torch.cat([reward_B[good_B, None], wrong_GM], dim=1),
+                weight_B[good_B],
+                temperature=self.config.temperature,
+                auxiliary_weight=self.config.auxiliary_weight,
+                weight_sum=batch.weight_sum_E[head],
+                good_weight_sum=batch.good_weight_sum_E[head],
+            )
+            losses.append(loss)
+            metrics.append(terms)
+        if len(losses) == 1:
+            return losses[0], metrics[0]
+        means = {name: torch.stack([terms[name] for terms in metrics]).mean() for name in metrics[0]}
+        return torch.stack(losses).sum(), means
+
+    def _forward(self, batch: _Batch) -> Tensor:
+        """Rewards of the batch's pairs, (P,) or (E, P)."""
+        owner_P = self._put(batch.owner_P)
         masks = None
-        if batch.mask_BLH is not None:
-            masks = self._put(batch.mask_BLH)[self._put(batch.owner_P)].unbind(1)
-        reward_P = self.forward_head(image_PD, text_PD, masks)
-        num_images = len(batch.image_index_B)
-        reward_B, good_B = reward_P[:num_images], self._put(batch.good_B)
-        # Without the auxiliary loss there are no wrong prompts: one column, of which the cross-entropy is 0.
-        wrong_GM = reward_P[num_images:].reshape(len(good_B), -1) if len(good_B) else reward_P.new_zeros(0, 1)
-        weight_B = self._put(self.weight_N[batch.image_index_B])
-        return reward_loss(
-            reward_B,
-            self._put(self.label_N[batch.image_index_B]),
-            weight_B,
-            torch.cat([reward_B[good_B, None], wrong_GM], dim=1),
-            weight_B[good_B],
-            temperature=self.config.temperature,
-            auxiliary_weight=self.config.auxiliary_weight,
-            weight_sum=batch.weight_sum,
-            good_weight_sum=batch.good_weight_sum,
-        )
+        if batch.mask_EBLH is not None:
+            of_pairs_EPLH = self._put(batch.mask_EBLH)[:, owner_P]
+            masks = (of_pairs_EPLH if self.config.ensemble > 1 else of_pairs_EPLH[0]).unbind(-2)
+        rows = None
+        image_index, text_index = batch.image_index_B[batch.owner_P], batch.text_index_P
+        if self.config.fast:
+            text_index, text_row_P = torch.unique(text_index, return_inverse=True)
+            image_index, rows = batch.image_index_B, (owner_P, self._put(text_row_P))
+        image, text = self.image_ND[self._put(image_index)], self.text_KD[self._put(text_index)]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            rewards: Tensor = self.forward_head(image, text, masks, rows)
+        return rewards
 
     @torch.inference_mode()
     def _rewards(self, image_index_B: Tensor, text_index_B: Tensor) -> Tensor:
-        reward_B: Tensor = self.head(
-            self.image_ND[self._put(image_index_B)], self.text_KD[self._put(text_index_B)]
-        )
-        return reward_B.cpu()
+        """reward_EB of every head, on the CPU."""
+        parts = []
+        for images, texts in zip(image_index_B.split(_CHUNK), text_index_B.split(_CHUNK), strict=True):
+            rewards = self.head(self.image_ND[self._put(images)], self.text_KD[self._put(texts)])
+            parts.append(members(rewards, self.head).cpu())
+        return torch.cat(parts, dim=1)
+
+    def _score(self, image_index_B: Tensor, text_index_B: Tensor) -> Tensor:
+        return combined(self._rewards(image_index_B, text_index_B), self.config.uncertainty_penalty)
+
+    def _validation_scores(self) -> tuple[Any, Any] | None:
+        """The validation images' scores and labels as arrays; None unless there are good and bad ones."""
+        index = self.validation_indices
+        label_B = self.label_N[index] > GOOD
+        if len(index) == 0 or bool(label_B.all()) or not bool(label_B.any()):
+            return None
+        return self._score(index, self.text_index_N[index]).numpy(), label_B.numpy()
 
     def _over_workers(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.world_size == 1 or not torch.distributed.is_initialized():
@@ -292,13 +344,19 @@ def _choose(population: int, count: int, step: int, seed: int) -> Tensor:
     """Places step * count .. (step + 1) * count of an endless row of shuffled epochs."""
     first, last = step * count, (step + 1) * count
     epochs = range(first // population, (last - 1) // population + 1)
-    places = [torch.randperm(population, generator=generator_for(seed, "epoch", epoch)) for epoch in epochs]
+    places = [_epoch(population, epoch, seed) for epoch in epochs]
     offset = first - epochs[0] * population
-    return torch.cat(places)[offset : offset + count]
+    return torch.cat(places)[offset : offset + count] if len(places) > 1 else places[0][offset:][:count]
+
+
+@lru_cache(maxsize=4)
+def _epoch(population: int, epoch: int, seed: int) -> Tensor:
+    """Kept from step to step: of 100,000 images, shuffling takes longer than all the rest of a draw."""
+    return torch.randperm(population, generator=generator_for(seed, "epoch", epoch))
 
 
 def _settings(config: RewardConfig) -> dict[str, Any]:
-    return {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE_KEYS}
+    return {key: value for key, value in config.described().items() if key not in FREE_KEYS}
 
 
 def _check(data: RewardData, config: RewardConfig, world_size: int) -> None:

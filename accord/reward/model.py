@@ -1,6 +1,6 @@
 """The reward model as an artifact: a head on a CLIP that it names by digest, and its calibration.
 
-Shapes: B images, H W pixels, C = 3 channels RGB, N prompts an image, D features.
+Shapes: B images, E heads, H W pixels, C = 3 channels RGB, N prompts an image, D features.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import Any
 
 import pydantic
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from accord.artifacts import Manifest, artifact_writer, load_tensors, save_tensors, verify
 from accord.config import Config
 from accord.errors import ArtifactError
 from accord.reward.calibration import Platt
+from accord.reward.ensemble import Head, HeadEnsemble, combined, make_head, members, uncertainty
 from accord.reward.features import ClipEncoder, Pixels, unique
-from accord.reward.head import RewardHead
 from accord.reward.losses import prompt_probabilities
 from accord.reward.settings import Combine
 
@@ -32,7 +33,8 @@ _CHUNK = 8192
 
 class RewardModelConfig(Config):
     """config.json of a reward model. It names its CLIP by digest; where that lies is in the manifest, so that
-    the reward model's own digest does not depend on it."""
+    the reward model's own digest does not depend on it. What only an ensemble has is written for one only, so
+    that the digest of a single head does not depend on the version either."""
 
     dim: int
     hidden_size: int
@@ -42,22 +44,26 @@ class RewardModelConfig(Config):
     clip_digest: str
     platt_slope: float | None = None
     platt_intercept: float | None = None
+    ensemble: int = Field(default=1, ge=1, le=64)
+    uncertainty_penalty: float = 0.0
 
 
 class RewardModel:
     """r(image, prompt) in [0, 1], how well people would find that the image fits the prompt.
 
     `calibration`, when there is one, turns a reward into the probability of "good"; it keeps the order of
-    rewards.
+    rewards. The reward of an ensemble of heads is their mean less `uncertainty_penalty` of their standard
+    deviations.
     """
 
     def __init__(
         self,
-        head: RewardHead,
+        head: Head,
         encoder: ClipEncoder,
         *,
         temperature: float = 2.0,
         calibration: Platt | None = None,
+        uncertainty_penalty: float = 0.0,
         digest: str = "",
     ) -> None:
         if head.dim != encoder.dim:
@@ -66,7 +72,8 @@ class RewardModel:
             )
         self.head = head.to(encoder.device).eval().requires_grad_(False)
         self.encoder, self.temperature, self.calibration = encoder, temperature, calibration
-        self.digest = digest
+        self.size = head.size if isinstance(head, HeadEnsemble) else 1
+        self.uncertainty_penalty, self.digest = uncertainty_penalty, digest
 
     @classmethod
     def load(
@@ -99,7 +106,7 @@ class RewardModel:
                 f"{encoder.digest}: its scores would mean nothing; give the CLIP that it was learned on, or "
                 "learn the reward anew"
             )
-        head = RewardHead(config.dim, config.hidden_size, config.layers, config.combine)
+        head = make_head(config.dim, config.hidden_size, config.layers, config.combine, config.ensemble)
         try:
             head.load_state_dict(load_tensors(directory / HEAD_NAME))
         except RuntimeError as error:
@@ -107,7 +114,14 @@ class RewardModel:
         platt = None
         if config.platt_slope is not None and config.platt_intercept is not None:
             platt = Platt(config.platt_slope, config.platt_intercept)
-        return cls(head, encoder, temperature=config.temperature, calibration=platt, digest=manifest.digest)
+        return cls(
+            head,
+            encoder,
+            temperature=config.temperature,
+            calibration=platt,
+            uncertainty_penalty=config.uncertainty_penalty,
+            digest=manifest.digest,
+        )
 
     def save(
         self, directory: str | Path, *, inputs: Mapping[str, str], config: Mapping[str, Any], seed: int
@@ -129,7 +143,10 @@ class RewardModel:
             clip_digest=self.encoder.digest,
             platt_slope=None if platt is None else platt.slope,
             platt_intercept=None if platt is None else platt.intercept,
+            ensemble=self.size,
+            uncertainty_penalty=self.uncertainty_penalty,
         )
+        only_ensembles = None if self.size > 1 else {"ensemble", "uncertainty_penalty"}
         with artifact_writer(
             directory,
             KIND,
@@ -138,7 +155,9 @@ class RewardModel:
             seed=seed,
         ) as temporary:
             save_tensors(temporary / HEAD_NAME, self.head.state_dict())
-            text = json.dumps(content.model_dump(mode="json"), indent=2, sort_keys=True)
+            text = json.dumps(
+                content.model_dump(mode="json", exclude=only_ensembles), indent=2, sort_keys=True
+            )
             (temporary / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         manifest = verify(directory, KIND)
         self.digest = manifest.digest
@@ -157,6 +176,17 @@ class RewardModel:
     @torch.inference_mode()
     def score_features(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
         """reward_B from features of this model's CLIP."""
+        return combined(self.head_rewards(image_BD, text_BD), self.uncertainty_penalty)
+
+    @torch.inference_mode()
+    def score_and_doubt(self, image_BD: Tensor, text_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """reward_B, and the standard deviation of the heads' rewards: NaN for a single head."""
+        reward_EB = self.head_rewards(image_BD, text_BD)
+        return combined(reward_EB, self.uncertainty_penalty), uncertainty(reward_EB)
+
+    @torch.inference_mode()
+    def head_rewards(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
+        """reward_EB of every head; E is 1 without an ensemble."""
         if len(image_BD) != len(text_BD):
             raise ValueError(f"{len(image_BD)} images, but {len(text_BD)} prompts: each image needs its own")
         device = self.encoder.device
@@ -164,7 +194,9 @@ class RewardModel:
             self.head(image_BD[start : start + _CHUNK].to(device), text_BD[start : start + _CHUNK].to(device))
             for start in range(0, len(image_BD), _CHUNK)
         ]
-        return torch.cat(parts) if parts else torch.zeros(0, device=device)
+        if not parts:
+            return torch.zeros(1, 0, device=device)
+        return torch.cat([members(part, self.head) for part in parts], dim=1)
 
     def classify(self, image_BD: Tensor, text_BND: Tensor) -> Tensor:
         """Eq. 1: probability_BN that each image shows the n-th of its N prompts."""

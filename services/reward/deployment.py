@@ -26,6 +26,7 @@ from accord.reward import features
 from accord.reward.features import ClipEncoder
 from accord.reward.head import RewardHead
 from accord.reward.model import KIND, RewardModel
+from accord.reward.textnorm import contrast_prompts
 from services.config import RewardSettings
 from services.metrics import RewardMetrics
 from services.models import Catalogue, Missing, Shelf, as_table
@@ -133,12 +134,7 @@ class Perturbations:
             prompt = self._grammar.parse(text)
         except PromptError:
             return ()
-        for count in range(self._count, 0, -1):
-            try:
-                return tuple(other.text for other in self._grammar.perturb(prompt, count, seed=0))
-            except PromptError:
-                continue
-        return ()
+        return contrast_prompts(self._grammar, prompt, self._count)
 
 
 def load_reward(directory: str, device: str = "cpu") -> RewardModel:

@@ -140,6 +140,31 @@ def test_guards_that_never_trip_change_nothing(
     assert equal(weights_of(run_dir / "aligned"), expected)
 
 
+def test_a_planted_reward_is_measured_as_it_is_trained_on(judged: tuple[Path, Path], run_dir: Path) -> None:
+    """Several rewards that combine, one of them from outside; adapters are what is trained."""
+    (run_dir / "scores").unlink()
+    (run_dir / "stages" / "scores.json").unlink()
+    recipe = guarded(
+        judged[0],
+        'rewards=[{"scorer": "tests.ray_jobs.world:saturated"}]',
+        "finetune.parameters=lora",
+        "finetune.learning_rate=0.05",
+        measures={"again": "tests.ray_jobs.world:saturated"},
+        bounds={"reward": {"most_ratio": 0.5}},
+        every=4,
+    )
+    score.run(recipe, run_dir)
+    finetune.run(recipe, run_dir)
+    rows = guards.load_measurements(run_dir)
+    assert [row.step for row in rows] == [0, 4]
+    for row in rows:
+        assert row.mean("reward") == pytest.approx(row.mean("saturation"), abs=1e-6)
+        assert row.by_prompt["again"] == pytest.approx(row.by_prompt["reward"])
+    assert rows[0].mean("reward") != rows[1].mean("reward")
+    verdict = read_manifest(run_dir / "aligned").config["guards_verdict"]
+    assert "the reward is" in verdict["reason"]
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(1800)

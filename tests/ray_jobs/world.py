@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from numpy.typing import NDArray
 
 from accord.captions import CaptionedImage
 from accord.evaluation.protocols import Measurement, Vote
+from accord.guards.measures import saturation
 from accord.prompts import load_grammar
 
 SIZE = 64
@@ -150,3 +152,14 @@ def faithfulness() -> Any:
         return np.asarray(-gap.mean(axis=(1, 2, 3)) / 255)
 
     return judge
+
+
+class Saturated:
+    """A scorer that loves saturation."""
+
+    def score(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> torch.Tensor:
+        return torch.from_numpy(saturation(np.stack(list(images))))
+
+
+def saturated() -> Saturated:
+    return Saturated()

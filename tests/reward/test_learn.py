@@ -314,3 +314,22 @@ def test_trained_head_is_a_frozen_copy() -> None:
     train(learner, 3)
     assert all(torch.equal(a, b) for a, b in zip(before, head.parameters(), strict=True))
     assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("method", ["platt", "temperature"])
+def test_calibration_looks_at_validation_images_only(method: str) -> None:
+    learner = RewardLearner(make_data(256), make_config(calibration=method), seed=0)
+    train(learner, 20)
+    before, report = learner.calibration(), learner.calibration_report()
+    assert before is not None
+    assert report is not None
+    assert report["images"] == len(learner.validation_indices)
+    assert (report["method"], report["slope"], report["intercept"]) == (
+        method,
+        before.slope,
+        before.intercept,
+    )
+    learner.label_N[learner.train_indices] = 1 - learner.label_N[learner.train_indices]
+    assert learner.calibration() == before
+    learner.label_N[learner.validation_indices[::3]] = 1 - learner.label_N[learner.validation_indices[::3]]
+    assert learner.calibration() != before

@@ -77,6 +77,7 @@ def build_report(summary: Mapping[str, Any], gallery: Gallery, run_info: Mapping
         best_of_sizes=tables.best_of_sizes(summary),
         best_of=tables.best_of(summary),
         reward=tables.reward(summary),
+        calibration_note=tables.calibration_note(summary),
         feedback=tables.feedback(summary),
         raters=tables.raters(summary),
         raters_agree=tables.raters_agree(summary),

@@ -278,6 +278,21 @@ def raters_agree(summary: Mapping[str, Any]) -> str:
     )
 
 
+def calibration_note(summary: Mapping[str, Any]) -> str:
+    """How far the reward was off as a probability where it was calibrated, in words; empty when it was
+    not."""
+    found = {key: number(summary, "calibration", key) for key in ("images", "ece", "ece_calibrated")}
+    if found["ece"] is None or not found["images"]:
+        return ""
+    scaled = ""
+    if found["ece_calibrated"] is not None:
+        scaled = f", {fixed(found['ece_calibrated'])} once scaled (each half by what was fitted on the other)"
+    return (
+        f"On the {fixed(found['images'], 0)} judged images that learning left out, the reward’s calibration "
+        f"error was {fixed(found['ece'])} as it came{scaled}."
+    )
+
+
 def agreement(summary: Mapping[str, Any]) -> str:
     """How often judge and evaluator agree, in words; empty when it was not measured."""
     at, kappa = estimate(summary, "agreement"), number(summary, "agreement", "kappa")
