@@ -44,12 +44,12 @@ SHOWN = ("reward", "held_out", "success", "saturation", "edge_density", "diversi
 class Plan:
     """How long, and how hard, the reward is chased."""
 
-    rounds: int = 5
+    rounds: int = 6
     steps: int = 16
     prompts: int = 16
     images_per_prompt: int = 4
     batch_size: int = 16
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     nft_strength: float = 0.2
     guard_prompts: int = 12
     sampler_steps: int = 10
@@ -82,17 +82,22 @@ def hack(seed: int, plan: Plan, guards: GuardsConfig, say: Callable[[str], None]
     texts = [prompt.text for prompt in drawn]
     probe = make_probe(base, texts[plan.prompts :], seed, plan.sampler)
     measured = [probe.measure(0)[0]]
+    say(_line(seed, measured[-1]))
     model, stopped = base, False
     for number in range(plan.rounds):
         model = fine_tune(model, texts[: plan.prompts], seed, number, plan)
         step = (number + 1) * plan.steps
         measured.append(probe.measure(step, model.unet.state_dict())[0])
         decision = decide(measured, guards)
-        say(f"seed {seed}, step {step}: " + ", ".join(f"{n} {measured[-1].mean(n):.3f}" for n in SHOWN))
+        say(_line(seed, measured[-1]))
         if decision.tripped and not stopped:
             stopped = True
             say(f"seed {seed}: the guards stop it: {decision.reason}; step {decision.best_step} is kept")
     return Outcome(measured, decide(measured, guards))
+
+
+def _line(seed: int, row: Measured) -> str:
+    return f"seed {seed}, step {row.step}: " + ", ".join(f"{name} {row.mean(name):.3f}" for name in SHOWN)
 
 
 def make_probe(base: DiffusionModel, prompts: Sequence[str], seed: int, sampler: SamplerConfig) -> Probe:
