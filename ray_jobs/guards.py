@@ -59,6 +59,7 @@ class Guards:
         self._meter: Any = None
         self._busy: tuple[Any, int] | None = None
         self._failures = 0
+        self._tracked = len(self.rows)
         if config.held_out == JUDGEMENTS and not (self.directory / "held_out" / "manifest.json").exists():
             cluster.on_device(recipe.ray, learn_held_out, recipe, run_dir)
 
@@ -150,8 +151,7 @@ class Guards:
         decision = self.decision()
         write_json(self.directory / VERDICT, {**decision.as_dict(), "action": self.config.action})
         self._settle(step)
-        run = attach(self.recipe.tracking_uri(self.run_dir), self._run_id_file)
-        run.log(step, **{f"guard/{name}": self.rows[-1].mean(name) for name in self.rows[-1].by_prompt})
+        self._track()
         if decision.tripped and not before:
             does = "fine-tuning stops" if self.config.action == "stop" else "fine-tuning goes on"
             say(
@@ -160,6 +160,14 @@ class Guards:
             )
             if self.config.action == "stop":
                 ask_to_stop(self.directory, decision.reason)
+
+    def _track(self) -> None:
+        """Logs what is not logged yet: the first measurement may be done before the training has a run."""
+        run = attach(self.recipe.tracking_uri(self.run_dir), self._run_id_file)
+        if run.run_id:
+            for row in self.rows[self._tracked :]:
+                run.log(row.step, **{f"guard/{name}": row.mean(name) for name in row.by_prompt})
+            self._tracked = len(self.rows)
 
     def _settle(self, step: int) -> None:
         """Keeps a measured snapshot if it is the best, and removes it if it is not."""

@@ -37,9 +37,9 @@ class Snapshots:
         """Whether one is due after this step of the training."""
         return step % self.every == 0
 
-    def take(self, learner: Any, step: int) -> bool:
-        """Leaves a learner's weights after `step` steps, unless they are there, or too many wait. All workers
-        call it; the first writes."""
+    def take(self, learner: Any, step: int, *, last: bool = False) -> bool:
+        """Leaves a learner's weights after `step` steps, unless they are there, or too many wait (the `last`
+        of a training are always left). All workers call it; the first writes."""
         tensors = learner.trained()
         if tensors is None:
             return False
@@ -47,7 +47,7 @@ class Snapshots:
         pending.mkdir(parents=True, exist_ok=True)
         name = f"step-{step + self.offset:08d}"
         waiting = {path.name for path in pending.glob("step-*")}
-        if name in waiting or len(waiting) >= MOST_PENDING:
+        if name in waiting or (len(waiting) >= MOST_PENDING and not last):
             return False
         temporary = pending / f".{name}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -60,6 +60,18 @@ class Snapshots:
     def must_stop(self) -> bool:
         """Whether the guards have asked the training to end."""
         return (Path(self.directory) / "stop").exists()
+
+    def must_all_stop(self, rank: int) -> bool:
+        """The same, as the first worker sees it, so that all end at the same step. All workers call it."""
+        import torch
+        import torch.distributed as dist
+
+        stopped = rank == 0 and self.must_stop()
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return stopped
+        word = torch.tensor([int(stopped)], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.broadcast(word, src=0)
+        return bool(word.item())  # device-to-host sync, with those of the log
 
 
 def unet_of(snapshot: Path) -> Any:

@@ -132,11 +132,11 @@ def _train_here(training: Training, directory: Path, config: RayConfig, watch: W
         while learner.step_index < training.steps and not ended:
             metrics = learner.step()
             step = learner.step_index
-            if training.snapshots is not None and watch is not None and training.snapshots.at(step):
-                training.snapshots.take(learner, step)
+            last = step == training.steps
+            if training.snapshots is not None and watch is not None and (training.snapshots.at(step) or last):
+                training.snapshots.take(learner, step, last=last)
                 watch.poll()
-                ended = _stopped(training.snapshots)
-            last = ended or step == training.steps
+                last = ended = last or _stopped(training.snapshots)
             if step % training.log_every == 0 or last:
                 values = _values(learner, metrics, last=last)
                 progress.update(step, _loss_note(values.get("loss")))
@@ -263,9 +263,9 @@ def _loop(learner: Learner, training: dict[str, Any], report: _Reporter, run: An
         step = learner.step_index
         is_logged = step % training["log_every"] == 0 or step == last
         if snapshots is not None:
-            if snapshots.at(step):
-                snapshots.take(learner, step)
-            if (is_logged or snapshots.at(step)) and _all_stopped(snapshots, report.rank):
+            if snapshots.at(step) or step == last:
+                snapshots.take(learner, step, last=step == last)
+            if (is_logged or snapshots.at(step)) and snapshots.must_all_stop(report.rank):
                 last, is_logged = step, True
         if report.rank == 0 and is_logged:
             values = _values(learner, metrics, last=step == last)
@@ -329,20 +329,6 @@ class _Reporter:
 
 def _stopped(snapshots: Snapshots | None) -> bool:
     return snapshots is not None and snapshots.must_stop()
-
-
-def _all_stopped(snapshots: Snapshots, rank: int) -> bool:
-    """What rank 0 sees, so that all workers end at the same step."""
-    import torch
-    import torch.distributed as dist
-
-    stopped = rank == 0 and snapshots.must_stop()
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return stopped
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    word = torch.tensor([int(stopped)], device=device)
-    dist.broadcast(word, src=0)
-    return bool(word.item())  # device-to-host sync, with those of the log
 
 
 def _values(learner: Learner, metrics: Mapping[str, Any], *, last: bool) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from accord.artifacts import load_tensors, read_manifest
 from accord.diffusion.model import load_diffusion_model
@@ -110,6 +111,7 @@ def test_the_best_checkpoint_is_kept_while_training_goes_on(
     """The bound is far off, the held-out judge is one that likes the later snapshots less and less."""
     recipe = guarded(
         judged[0],
+        "tracking.uri=null",
         action="keep_best",
         held_out="tests.ray_jobs.world:faithfulness",
         bounds={"saturation": {"least": 2}},
@@ -120,6 +122,11 @@ def test_the_best_checkpoint_is_kept_while_training_goes_on(
     assert [row.step for row in guards.load_measurements(run_dir)] == [0, 1, 2, 3, 4]
     assert verdict["best_step"] == 0, "every other snapshot broke the bound"
     assert (run_dir / "train" / "aligned" / "step-00000004").exists()
+    client = MlflowClient(tracking_uri=recipe.tracking_uri(run_dir))
+    run_id = (run_dir / "train" / "aligned" / "mlflow_run_id").read_text()
+    logged = client.get_metric_history(run_id, "guard/held_out")
+    assert [metric.step for metric in logged] == [0, 1, 2, 3, 4]
+    assert logged[0].value == max(metric.value for metric in logged), "the base is the most like itself"
 
 
 def test_guards_that_never_trip_change_nothing(
@@ -199,6 +206,7 @@ def test_snapshots_wait_whole_and_not_without_end(tmp_path: Path) -> None:
     assert [snapshots.take(unet, 5 * n) for n in range(1, 6)] == [True] * MOST_PENDING + [False] * 2
     assert not snapshots.take(unet, 5), "it is there already"
     assert [step for step, _ in pending(tmp_path)] == [105, 110, 115]
+    assert snapshots.take(unet, 25, last=True), "the last is always measured"
     assert load_tensors(pending(tmp_path)[0][1] / WEIGHTS)["weight"].tolist() == [1.0]
 
 
