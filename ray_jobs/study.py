@@ -39,7 +39,7 @@ SHARED: dict[str, tuple[str, ...]] = {
     "snapshot": ("panel", "feedback"),
     "reward": ("clip", "reward"),
     "reward_no_auxiliary": (),
-    "scores": (),
+    "scores": ("rewards",),
     "pretraining": ("pretraining",),
     "reference": ("reference",),
 }

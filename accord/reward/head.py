@@ -104,7 +104,7 @@ class RewardHead(nn.Module):
         scale, dim = self.dim**0.5, self.dim
         image_BH = (scale * image_BD) @ first.weight[:, :dim].T + first.bias
         text_KH = (scale * text_KD) @ first.weight[:, dim : 2 * dim].T
-        values_PH = image_BH.index_select(0, image_P) + text_KH.index_select(0, text_P)
+        values_PH: Tensor = image_BH.index_select(0, image_P) + text_KH.index_select(0, text_P)
         if self.combine == "concat_product":
             product_PD = image_BD.index_select(0, image_P) * text_KD.index_select(0, text_P)
             values_PH = values_PH + (dim * product_PD) @ first.weight[:, 2 * dim :].T

@@ -298,7 +298,8 @@ class RewardLearner:
     def _rewards(self, image_index_B: Tensor, text_index_B: Tensor) -> Tensor:
         """reward_EB of every head, on the CPU."""
         parts = []
-        for images, texts in zip(image_index_B.split(_CHUNK), text_index_B.split(_CHUNK), strict=True):
+        for start in range(0, max(len(image_index_B), 1), _CHUNK):
+            images, texts = image_index_B[start:][:_CHUNK], text_index_B[start:][:_CHUNK]
             rewards = self.head(self.image_ND[self._put(images)], self.text_KD[self._put(texts)])
             parts.append(members(rewards, self.head).cpu())
         return torch.cat(parts, dim=1)

@@ -17,6 +17,7 @@ from accord.recipe import Recipe, load_recipe
 from accord.reward.features import ClipEncoder
 from accord.reward.model import RewardModel
 from ray_jobs import collect, inputs, judge, learn_reward, score
+from ray_jobs.study import _link_shared
 from tests.ray_jobs.world import write_recipe
 
 HERE = "tests.ray_jobs.test_rewards"
@@ -138,6 +139,16 @@ def test_a_score_that_is_no_reward_is_told_before_anything_is_written(learned: P
     with pytest.raises(ConfigError, match=r"expected rewards in \[0, 1\]: give it normalise"):
         score.run(recipe, run_dir)
     assert not (run_dir / "scores").exists()
+
+
+def test_the_arms_of_a_study_share_no_scores_of_other_rewards(learned: Path, tmp_path: Path) -> None:
+    common = load_recipe(learned / "recipe.yaml", SETTINGS)
+    other = load_recipe(learned / "recipe.yaml", [*SETTINGS, f"rewards={SEVERAL}"])
+    _link_shared(tmp_path / "shared", tmp_path / "same", common, common)
+    _link_shared(tmp_path / "shared", tmp_path / "other", other, common)
+    assert (tmp_path / "same" / "scores").is_symlink()
+    assert (tmp_path / "other" / "reward").is_symlink()
+    assert not (tmp_path / "other" / "scores").is_symlink()
 
 
 @pytest.mark.parametrize(
