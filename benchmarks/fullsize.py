@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 from accord.artifacts import load_tensors, save_tensors
+from accord.diffusion.checkpoint import put_trained
 from accord.diffusion.conditioning import encode_conditioning
 from accord.diffusion.encode import encode_images
 from accord.diffusion.engine import Engine, EngineConfig, SampleSpec
@@ -142,15 +142,18 @@ def train(directory: Path, parameters: Literal["full", "lora"]) -> str:
 
 
 def resume(directory: Path, parameters: Literal["full", "lora"]) -> str:
-    """Goes on from the checkpoint, and hands on a model."""
+    """Goes on from the checkpoint to the next, and hands on a model, as a run does."""
+    checkpoint = directory / f"checkpoint-{parameters}"
     tuner = learner(directory, parameters)
-    tuner.load(directory / f"checkpoint-{parameters}")
+    tuner.load(checkpoint)
     loss = float(tuner.step()["loss"])
-    unet = tuner.averaged_unet()
+    tuner.save(checkpoint)
+    config = tuner.config
     del tuner
-    model = replace(load_diffusion_model(directory / "base"), unet=unet)
+    model = load_diffusion_model(directory / "base")
+    put_trained(model.unet, checkpoint, model.digest, config)
     save_diffusion_model(model, directory / "aligned", inputs={}, config={}, seed=0)
-    shutil.rmtree(directory / f"checkpoint-{parameters}")
+    shutil.rmtree(checkpoint)
     return f"step 2 of 2, loss {loss:.4f}, model saved"
 
 

@@ -23,7 +23,6 @@ import diffusers  # noqa: F401 - in memory before it is measured
 import open_clip  # noqa: F401
 import torch
 
-from accord.diffusion.architectures import ARCHITECTURES
 from accord.diffusion.conditioning import encode_conditioning
 from accord.diffusion.finetune import FinetuneConfig, FinetuneData, Finetuner
 from accord.diffusion.model import DiffusionModel, load_diffusion_model
@@ -31,7 +30,7 @@ from accord.diffusion.sample import SamplerConfig, sample_images
 from accord.doctor import machine, memory
 from accord.doctor.memory import DTYPES, Model, Need
 from accord.doctor.report import in_words
-from benchmarks.random_models import write_random_model
+from benchmarks.random_models import MODELS, write_random_model
 from benchmarks.tables import describe, write_json
 
 SPARE = 1.1
@@ -43,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=sorted(ARCHITECTURES), default="sd15")
+    parser.add_argument("--model", choices=sorted(MODELS), default="sd15")
     parser.add_argument(
         "--directory", type=Path, help="where the random weights are kept; default: temporary"
     )
@@ -89,7 +88,7 @@ def run_case(case: str, arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def estimate(case: str, arguments: argparse.Namespace, runtime: int) -> Need:
-    model = Model.of(ARCHITECTURES[arguments.model])
+    model = Model.of(MODELS[arguments.model])
     if case == "load":
         return memory.load(model, runtime, DTYPES[arguments.dtype])
     if case == "generate":

@@ -23,6 +23,7 @@ from ray_jobs.score import score_captioned
 
 ENCODED = "work/encoded"
 _BATCH = 64
+_PROMPTS = 1024
 
 
 def prepare_data(
@@ -41,7 +42,7 @@ def prepare_data(
     files, captions = sources.read(run_dir, "pretraining")
     pretraining_latents_MCHW = _latents(model, run_dir, files)
     texts = {text: row for row, text in enumerate(dict.fromkeys([*scored["prompt"], *captions]))}
-    conditioning = encode_conditioning(model, list(texts))
+    parts = [encode_conditioning(model, part) for part in inputs.batches(list(texts), _PROMPTS)]
     empty = encode_conditioning(model, [""], negative=True)
     tensors = {
         "latents_NCHW": latents_NCHW,
@@ -50,11 +51,14 @@ def prepare_data(
         "pretraining_latents_MCHW": pretraining_latents_MCHW,
         "pretraining_text_index_M": torch.tensor([texts[caption] for caption in captions], dtype=torch.long),
         "pretraining_reward_M": _caption_rewards(recipe, run_dir, files, captions),
-        "text_KTD": conditioning["states"].cpu(),
+        "text_KTD": torch.cat([part["states"].cpu() for part in parts]),
         "empty_text_TD": empty["states"][0].cpu(),
     }
     if model.is_xl:
-        tensors |= {"pooled_KP": conditioning["pooled"].cpu(), "empty_pooled_P": empty["pooled"][0].cpu()}
+        tensors |= {
+            "pooled_KP": torch.cat([part["pooled"].cpu() for part in parts]),
+            "empty_pooled_P": empty["pooled"][0].cpu(),
+        }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, tensors)
 

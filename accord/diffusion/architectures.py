@@ -80,3 +80,4 @@ SDXL: Architecture = {
     },
 }
 ARCHITECTURES: dict[str, Architecture] = {"sd15": SD15, "sdxl": SDXL}
+"""By the name that a user gives."""

@@ -24,6 +24,9 @@ from accord.diffusion.settings import FinetuneConfig
 from accord.errors import FeedbackError
 from accord.training import generator_for
 
+NEAR_BYTES = 2**30
+"""Of encoded prompts that are kept on the device: thousands of them."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -72,7 +75,7 @@ class Batches:
         check_data(model, data, self.num_model, self.num_pretraining, world_size)
         self.prediction_type = model.prediction_type
         self.alphas_cumprod_T = model.alphas_cumprod().to(self.device)
-        self.conditioning = {n: t.to(self.device, torch.float32) for n, t in data.conditioning().items()}
+        self.conditioning = _near(data.conditioning(), self.device)
         self.empty = {name: t.to(self.device, torch.float32) for name, t in data.empty().items()}
         self._weigh_images()
         self.pretraining_indices = _pretraining_indices(data, config)
@@ -155,7 +158,7 @@ class Batches:
         """What the prompts mean, or no prompt where it is dropped."""
         texts = {}
         for name, rows in self.conditioning.items():
-            chosen = rows[text_index_B]
+            chosen = self._take(rows, text_index_B).float()
             texts[name] = torch.where(dropped_B.view(-1, *[1] * (chosen.ndim - 1)), self.empty[name], chosen)
         return texts
 
@@ -166,6 +169,13 @@ class Batches:
         if self.device.type == "cuda" and tensor.device.type == "cpu":
             tensor = tensor.pin_memory()  # a copy from other memory may wait for the device
         return tensor.to(self.device, non_blocking=True)
+
+
+def _near(conditioning: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """On the device when they are small enough to lie there for good; else a step's are sent to it."""
+    if sum(tensor.nbytes for tensor in conditioning.values()) > NEAR_BYTES:
+        return conditioning
+    return {name: tensor.to(device, torch.float32) for name, tensor in conditioning.items()}
 
 
 def _choose(population: int, count: int, generator: torch.Generator) -> Tensor:

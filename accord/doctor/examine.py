@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accord.diffusion.batches import NEAR_BYTES
 from accord.diffusion.settings import EngineConfig
 from accord.doctor import machine, memory
 from accord.doctor.memory import Model, Need
@@ -18,6 +19,8 @@ from accord.evaluation.plan import draw_prompts
 from accord.prompts import load_grammar
 from accord.recipe import CollectPart, Recipe
 
+CUDA_BYTES = 10**9
+"""What CUDA and its libraries take of a GPU: stated, not measured here."""
 PNG_SHARE = 0.6
 """Bytes of a PNG over those of its pixels: what photographs take. Simpler pictures take less."""
 CHECKPOINTS = 3
@@ -34,8 +37,9 @@ class Assumptions:
     gpu_memory_bytes: int | None = None
     teraflops: float | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
-    engine_dtype: str = "float32"
-    engine_device: str = "cpu"
+    engine_dtype: str | None = None
+    engine_device: str | None = None
+    """None: as the recipe's generators, in bfloat16 on a GPU."""
     probe: bool = True
 
 
@@ -84,11 +88,14 @@ class _Examination:
         self.on_gpu = bool(self.gpus or assumed.gpu_memory_bytes)
         sampler, config = recipe.collect.sampler, recipe.finetune
         height, width = memory.size_of(model, sampler)
-        held = (
-            self.counts.latents * model.latent_bytes(height, width) + self.counts.texts * model.text_bytes()
-        )
+        texts = self.counts.texts * model.text_bytes()
+        self.held = self.counts.latents * model.latent_bytes(height, width) + texts
+        train_on_gpu = recipe.ray.gpus_per_worker > 0
+        held = self.held if not train_on_gpu else texts if texts <= NEAR_BYTES else 0
         engine = assumed.engine
-        dtype = memory.DTYPES[assumed.engine_dtype]
+        self.serve_device = assumed.engine_device or ("cuda" if recipe.ray.gpus_per_generator > 0 else "cpu")
+        default = "bfloat16" if self.serve_device == "cuda" else "float32"
+        dtype = memory.DTYPES[assumed.engine_dtype or default]
         self.height, self.width = height, width
         clip = clip_weights(recipe)
         self.needs: dict[str, Need] = {
@@ -96,7 +103,7 @@ class _Examination:
             "learn": memory.learn(
                 self.runtime, clip.bytes, clip.width, self.counts.labelled, self.counts.texts
             ),
-            "encode": memory.encode(model, self.runtime, height, width, held),
+            "encode": memory.encode(model, self.runtime, height, width, 0 if train_on_gpu else held),
             "finetune": memory.finetune(
                 model,
                 self.runtime,
@@ -121,7 +128,7 @@ class _Examination:
             "learn": ray.gpus_per_worker > 0,
             "encode": ray.gpus_per_worker > 0,
             "finetune": ray.gpus_per_worker > 0,
-            "serve": self.assumed.engine_device == "cuda",
+            "serve": self.serve_device == "cuda",
         }
         processes = {"collect": ray.generators, "finetune": ray.num_workers}
         if any(gpu.values()) and not self.on_gpu:
@@ -136,8 +143,11 @@ class _Examination:
                 continue
             # Processes each have a GPU of their own, or a stated share of one.
             share = ray.gpus_per_generator if stage == "collect" else 1.0
-            yield StageMemory(stage, "GPU", math.floor(1 / min(share, 1.0)), need.parts, self._gpu())
-        # One process drives the stages, and Ray holds what they hand over.
+            on_device = {**need.parts, "runtime": CUDA_BYTES}
+            yield StageMemory(stage, "GPU", math.floor(1 / min(share, 1.0)), on_device, self._gpu())
+            if stage in ("encode", "finetune"):
+                beside = {"runtime": self.runtime, "weights": self.model.weights(), "cached data": self.held}
+                yield StageMemory(f"{stage}, beside the GPU", "host", 1, beside, self._host())
 
     def disk(self) -> dict[str, int]:
         """Bytes by what they are."""
@@ -191,6 +201,8 @@ class _Examination:
             ),
         }
         for stage, (words, flops, processes) in work.items():
+            if not flops:
+                continue
             # Processes on one machine's CPUs share them; GPUs are each process's own.
             wide = processes if self._uses_gpu() else 1
             seconds = None if self.speed is None else flops / self.speed.flops_per_s / wide

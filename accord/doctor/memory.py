@@ -139,7 +139,8 @@ def finetune(
     workers: int = 1,
     held: int = 0,
 ) -> Need:
-    """One worker's fine-tuning; `held`: bytes of latents and texts. Flops of one step of one worker.
+    """One worker's fine-tuning; `held`: bytes of latents and texts beside it. Flops of one step of one
+    worker.
 
     Whatever is larger: what is held while the learner is built (the whole model beside the copy to train) or
     during a step.
@@ -176,7 +177,7 @@ def finetune(
     if needs_reference(config):
         flops += passes * training.cost.flops // 3
     worst = max(step, building, key=lambda parts: sum(parts.values()))
-    return Need({name: size for name, size in worst.items() if size or name != "average"}, flops)
+    return Need({name: size for name, size in worst.items() if size}, flops)
 
 
 def serve(

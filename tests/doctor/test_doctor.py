@@ -161,6 +161,11 @@ def test_the_papers_recipe_without_its_weights(tmp_path: Path, monkeypatch: pyte
     assert finetune["place"] == "GPU"
     assert finetune["parts"]["optimizer"] == 2 * 859_520_964 * 4
     assert finetune["available"] == 80e9
+    # 625,000 captions of 77 x 768 numbers are the largest thing there is, and do not lie on the GPU.
+    assert "cached data" not in finetune["parts"]
+    beside = stages["finetune, beside the GPU"]
+    assert (beside["place"], beside["fits"]) == ("host", False)
+    assert beside["parts"]["cached data"] > 625_000 * 77 * 768 * 4
 
 
 def test_too_little_memory_and_a_database_that_does_not_answer(tmp_path: Path) -> None:
