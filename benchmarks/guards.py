@@ -29,7 +29,7 @@ from accord.diffusion.sample import SamplerConfig, decode_latents, sample_latent
 from accord.guards.measures import Judge, Pixels, saturation
 from accord.guards.probe import Probe
 from accord.guards.rule import Decision, Measured, decide
-from accord.guards.settings import GuardsConfig
+from accord.guards.settings import Bound, GuardsConfig
 from accord.prompts import Category, PromptPlan, load_grammar
 from accord.reward.features import ClipEncoder
 from accord.shapes.evaluator import ShapesEvaluator
@@ -37,6 +37,7 @@ from accord.shapes.guards import too_many_objects
 from benchmarks.tables import describe, spread, table, write_json
 
 MODEL, CLIP = "pkg://accord.shapes/weights/diffusion", "pkg://accord.shapes/weights/clip"
+BOUND = GuardsConfig(patience=1000, bounds={"saturation": Bound(most_ratio=1.2)})
 SHOWN = ("reward", "held_out", "success", "saturation", "edge_density", "diversity", "reference_distance")
 
 
@@ -44,12 +45,12 @@ SHOWN = ("reward", "held_out", "success", "saturation", "edge_density", "diversi
 class Plan:
     """How long, and how hard, the reward is chased."""
 
-    rounds: int = 6
+    rounds: int = 5
     steps: int = 16
     prompts: int = 16
     images_per_prompt: int = 4
     batch_size: int = 16
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     nft_strength: float = 0.2
     guard_prompts: int = 12
     sampler_steps: int = 10
@@ -195,7 +196,9 @@ def main(
     print(f"\n{describe('cpu')}; {seeds} seeds of {plan}\n")
     print(table(["model", *[name.replace("_", " ") for name in SHOWN]], rows))
     for seed, outcome in enumerate(outcomes):
-        print(f"\nSeed {seed}: {outcome.decision.reason}.")
+        print(
+            f"\nSeed {seed}: {outcome.decision.reason}. A bound alone: {decide(outcome.measured, BOUND).reason}."
+        )
     results = [
         {"rows": [row.as_row() for row in outcome.measured], "decision": outcome.decision.as_dict()}
         for outcome in outcomes

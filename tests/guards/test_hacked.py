@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from accord.guards.rule import decide
-from accord.guards.settings import GuardsConfig
+from accord.guards.settings import Bound, GuardsConfig
 from benchmarks.guards import Plan, hack
 
 
@@ -31,5 +31,5 @@ def test_a_reward_that_loves_saturation_is_stopped_and_the_log_says_why() -> Non
     assert "the held-out reward fell by" in line
     assert "while the training reward rose by" in line
     # A bound on saturation alone would have said so too.
-    bounded = GuardsConfig(every=16, patience=99, bounds={"saturation": {"most_ratio": 1.05}})  # type: ignore[dict-item]
+    bounded = GuardsConfig(every=16, patience=99, bounds={"saturation": Bound(most_ratio=1.05)})
     assert "its bound is 1.05 times" in decide(outcome.measured, bounded).reason
