@@ -196,9 +196,8 @@ def main(
     print(f"\n{describe('cpu')}; {seeds} seeds of {plan}\n")
     print(table(["model", *[name.replace("_", " ") for name in SHOWN]], rows))
     for seed, outcome in enumerate(outcomes):
-        print(
-            f"\nSeed {seed}: {outcome.decision.reason}. A bound alone: {decide(outcome.measured, BOUND).reason}."
-        )
+        alone = decide(outcome.measured, BOUND).reason
+        print(f"\nSeed {seed}: {outcome.decision.reason}. With a bound on saturation alone: {alone}.")
     results = [
         {"rows": [row.as_row() for row in outcome.measured], "decision": outcome.decision.as_dict()}
         for outcome in outcomes
