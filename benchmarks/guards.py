@@ -45,14 +45,14 @@ SHOWN = ("reward", "held_out", "success", "saturation", "edge_density", "diversi
 class Plan:
     """How long, and how hard, the reward is chased."""
 
-    rounds: int = 5
+    rounds: int = 8
     steps: int = 16
     prompts: int = 16
     images_per_prompt: int = 4
     batch_size: int = 16
     learning_rate: float = 5e-4
     nft_strength: float = 0.2
-    guard_prompts: int = 12
+    guard_prompts: int = 24
     sampler_steps: int = 10
 
     @property
