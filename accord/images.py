@@ -17,7 +17,7 @@ from accord.errors import ImageError
 
 Pixels = npt.NDArray[np.uint8]
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
 _HEXADECIMAL = frozenset("0123456789abcdef")
@@ -82,6 +82,12 @@ def decode_image(
         raise ImageError(f"the image is truncated or damaged: {error}") from None
 
 
+def check_digest(digest: str) -> None:
+    """Raises ImageError when it is no SHA-256 in hexadecimal."""
+    if len(digest) != 64 or not _HEXADECIMAL.issuperset(digest):
+        raise ImageError(f"{digest!r} is no image digest; expected 64 hexadecimal digits")
+
+
 class ImageFolder:
     """PNG files named by the SHA-256 of their bytes: `root/ab/abcd....png`. Safe for many writers at once."""
 
@@ -94,8 +100,7 @@ class ImageFolder:
         Raises:
             ImageError: when `digest` is no SHA-256 in hexadecimal.
         """
-        if len(digest) != 64 or not _HEXADECIMAL.issuperset(digest):
-            raise ImageError(f"{digest!r} is no image digest; expected 64 hexadecimal digits")
+        check_digest(digest)
         return self.root / digest[:2] / f"{digest}.png"
 
     def __contains__(self, digest: object) -> bool:
@@ -108,7 +113,7 @@ class ImageFolder:
             ImageError: when `data` is no PNG.
             StorageError: when the disk is full.
         """
-        if not data.startswith(_PNG_SIGNATURE):
+        if not data.startswith(PNG_SIGNATURE):
             raise ImageError("only PNG files are kept in an image folder; encode the pixels with encode_png")
         digest = sha256_bytes(data)
         path = self.path(digest)

@@ -2,14 +2,19 @@
 
     python -m benchmarks.feedback                      a million images, three million judgements
     python -m benchmarks.feedback --scale 0.01         a hundredth of it
+    python -m benchmarks.feedback --keep DIRECTORY     keeps the filled database there, for the next time
     python -m benchmarks.feedback --url postgresql://… an empty database of your own
 
 Without --url a PostgreSQL server of our own is started on a Unix socket, with durable commits (fsync, as by
-default), and removed at the end. SQL fills the store and leaves it as the campaigns' code would: three
-million judgements of a million images, done; and a campaign of 200,000 images that begins. Then 20 raters at
-once lease and submit through `Campaigns`, with nothing else between them and the database; what is measured
-is the time in these calls. First each thinks for half a second in the mean (people take longer), then none
-does: 20 requests are always under way, and the time is what this machine's processors can do.
+default). SQL fills the store and leaves it as the campaigns' code would: three million judgements of a
+million images, done; and a campaign of 200,000 images that begins. Then 20 raters at once lease and submit
+
+- in process: through `Campaigns`, with nothing else between them and the database;
+- over gRPC: in a feedback service, a process of its own. What is measured there is the service's own time in
+  the store, from its metrics, and beside it what its clients see.
+
+First each thinks for half a second in the mean (people take longer), then none does: 20 requests are always
+under way, and the time is what this machine's processors can do.
 
 The naive query beside it does what a rating page does at first: the image with the fewest judgements that
 this rater has not judged, counted when it is asked for.
@@ -17,6 +22,7 @@ this rater has not judged, counted when it is asked for.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import pwd
@@ -24,17 +30,24 @@ import random
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
-import threading
 import time
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
+from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
+from accord import tokens
+from accord.client import FeedbackClient
 from accord.feedback import Campaigns
 from accord.feedback.database import Database
 
+LOAD_BEFORE = round(os.getloadavg()[0], 2)
 IMAGES = 1_000_000
 NEW_IMAGES = 200_000
 JUDGEMENTS = 3
@@ -47,7 +60,8 @@ INSERT INTO images SELECT md5(i::text) || md5('x' || i), 512, 512 FROM generate_
 INSERT INTO candidates (image, prompt, category, split, source, seed)
   SELECT md5(i::text) || md5('x' || i), 'prompt ' || i / 3, (ARRAY['colour','count','background'])[i % 3 + 1],
          'seen', CASE WHEN i < :old THEN 'old' ELSE 'new' END, i FROM generate_series(0, :all - 1) i;
-INSERT INTO campaigns VALUES (1, 'done', 'alignment', 'Done', :k, 600, 0, 'none', now());
+INSERT INTO campaigns VALUES
+  (1, 'done', 'alignment', 'Done', :k, 600, 0, 'none', now(), :old / 3, 0, :old / 3 * :k);
 INSERT INTO tasks
   SELECT (1::bigint << 32) + t, 1, 'prompt ' || t, 'colour', '', 0,
          jsonb_build_array(md5((3*t)::text) || md5('x' || 3*t), md5((3*t+1)::text) || md5('x' || 3*t+1),
@@ -63,6 +77,8 @@ INSERT INTO judgements (idempotency_key, image, prompt, rater, verdict, created_
          || md5('x' || 3*(a.task % 4294967296)+n), 'prompt ' || a.task % 4294967296, a.rater,
          CASE WHEN n = 1 THEN 'bad' ELSE 'good' END, now(), a.id
   FROM answers a, generate_series(0, 2) n;
+INSERT INTO campaign_raters
+  SELECT 1, rater, max(task), count(*), 0, count(*), count(*) FROM places GROUP BY rater;
 """
 
 NAIVE = """
@@ -81,12 +97,13 @@ def main() -> None:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of images and judgements")
     parser.add_argument("--url", help="an empty PostgreSQL database; by default a server is started")
-    parser.add_argument("--seconds", type=float, default=30, help="how long the raters work")
+    parser.add_argument("--keep", type=Path, help="where the server's files stay, filled, for the next time")
+    parser.add_argument("--seconds", type=float, default=30, help="how long the raters work, each time")
     parser.add_argument("--naive", type=int, default=5, help="how often the naive query is asked")
     parser.add_argument("--output", type=Path, help="also write the result as JSON")
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:
-        url = arguments.url or stack.enter_context(server())
+        url = arguments.url or stack.enter_context(server(arguments.keep))
         result = measure(url, arguments.scale, arguments.seconds, arguments.naive)
     print(json.dumps(result, indent=2))
     if arguments.output:
@@ -97,15 +114,26 @@ def measure(url: str, scale: float, seconds: float, naive: int) -> dict[str, obj
     database = Database(url)
     old = int(IMAGES * scale) // 3 * 3
     everything = old + max(300, int(NEW_IMAGES * scale) // 3 * 3)
-    fill(database, old, everything)
     with Campaigns(url) as campaigns:
+        if not campaigns.campaigns():
+            fill(database, old, everything)
+        # Of a store that was kept, a campaign that nobody has begun.
+        name = f"new-{len(campaigns.campaigns())}"
         start_s = time.perf_counter()
-        made = campaigns.create_alignment("new", "New", judgements_per_item=JUDGEMENTS, sources=["new"])
+        made = campaigns.create_alignment(name, "New", judgements_per_item=JUDGEMENTS, sources=["new"])
         say(f"made a campaign of {made.num_tasks} tasks in {time.perf_counter() - start_s:.1f} s")
-        thinking = rate(campaigns, seconds, THINK_S)
-        busy = rate(campaigns, seconds, 0)
+        with database.writing() as connection:
+            connection.exec_driver_sql("ANALYZE tasks")
+        in_process = {}
+        for kind, think_s in (("thinking", THINK_S), ("without_pause", 0.0)):
+            door = InProcess(campaigns, name, f"{kind}-")
+            in_process[kind] = rate(door, seconds, think_s)
+        served = over_grpc(url, name, seconds)
         start_s = time.perf_counter()
-        campaigns.progress("new")
+        campaigns.get(name)
+        get_s = time.perf_counter() - start_s
+        start_s = time.perf_counter()
+        campaigns.progress(name)
         progress_s = time.perf_counter() - start_s
     slow = [ask_naively(database, f"old rater {n}") for n in range(naive)]
     database.close()
@@ -113,59 +141,156 @@ def measure(url: str, scale: float, seconds: float, naive: int) -> dict[str, obj
         "images": everything,
         "judgements": old * JUDGEMENTS,
         "raters": RATERS,
-        "thinking": thinking,
-        "without_pause": busy,
+        "in_process": in_process,
+        "over_grpc": served,
+        "how_far_ms": round(get_s * 1000, 1),
         "progress_ms": round(progress_s * 1000),
         "naive_next_task_ms": quantiles(slow) if slow else None,
         "cpus": os.cpu_count(),
+        "load_before": LOAD_BEFORE,
     }
 
 
 def fill(database: Database, old: int, everything: int) -> None:
-    for number, statement in enumerate(FILL.split(";\n"), start=1):
-        if statement.strip():
-            start_s = time.perf_counter()
-            with database.writing() as connection:
-                values = {"old": old, "all": everything, "k": JUDGEMENTS}
-                names = [name for name in values if f":{name}" in statement]
-                query = text(statement.replace("::", "\\:\\:"))
-                connection.execute(query, {name: values[name] for name in names})
-            say(f"filled {number}/7 in {time.perf_counter() - start_s:.1f} s")
+    statements = [statement for statement in FILL.split(";\n") if statement.strip()]
+    for number, statement in enumerate(statements, start=1):
+        start_s = time.perf_counter()
+        with database.writing() as connection:
+            # Rows that are right by construction: their foreign keys need no look-up each.
+            connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
+            values = {"old": old, "all": everything, "k": JUDGEMENTS}
+            names = [name for name in values if f":{name}" in statement]
+            query = text(statement.replace("::", "\\:\\:"))
+            connection.execute(query, {name: values[name] for name in names})
+        say(f"filled {number}/{len(statements)} in {time.perf_counter() - start_s:.1f} s")
     with database.writing() as connection:
         connection.exec_driver_sql("ANALYZE")
 
 
-def rate(campaigns: Campaigns, seconds: float, think_s: float) -> dict[str, object]:
+class Door(Protocol):
+    """How a rater leases and submits."""
+
+    def lease(self, rater: str) -> tuple[str, int] | None:
+        """The task and how many images it has."""
+        ...
+
+    def submit(self, rater: str, task: str, images: int) -> None: ...
+
+
+class InProcess:
+    def __init__(self, campaigns: Campaigns, name: str, prefix: str) -> None:
+        self._campaigns, self._name, self._prefix = campaigns, name, prefix
+
+    def lease(self, rater: str) -> tuple[str, int] | None:
+        task = self._campaigns.lease(self._name, self._prefix + rater)
+        return None if task is None else (task.task_id, len(task.images))
+
+    def submit(self, rater: str, task: str, images: int) -> None:
+        key = hashlib.sha256(f"{self._prefix}{rater} {task}".encode()).hexdigest()
+        self._campaigns.submit(task, self._prefix + rater, ["good"] * images, idempotency_key=key)
+
+
+class OverGrpc:
+    def __init__(self, client: FeedbackClient, name: str, prefix: str) -> None:
+        self._client, self._name, self._prefix = client, name, prefix
+
+    def lease(self, rater: str) -> tuple[str, int] | None:
+        task = self._client.lease(self._name, rater=self._prefix + rater)
+        return None if task is None else (task.task_id, len(task.images))
+
+    def submit(self, rater: str, task: str, images: int) -> None:
+        self._client.submit(task, ["good"] * images, rater=self._prefix + rater)
+
+
+def rate(door: Door, seconds: float, think_s: float) -> dict[str, object]:
     """The times of each lease and of each submit, of raters that think that long in the mean."""
     leases: list[float] = []
     submits: list[float] = []
     end_s = time.perf_counter() + seconds
 
     def work(number: int) -> None:
-        rater, draw = f"rater {number}", random.Random(number)
+        rater, draw = f"rater-{number}", random.Random(number)
+        time.sleep(draw.uniform(0, think_s))
         while time.perf_counter() < end_s:
             start_s = time.perf_counter()
-            task = campaigns.lease("new", rater)
+            task = door.lease(rater)
             leases.append(time.perf_counter() - start_s)
             if task is None:
                 return
             if think_s:
                 time.sleep(draw.uniform(0, 2 * think_s))
             start_s = time.perf_counter()
-            key = f"{rater} {task.task_id}"
-            campaigns.submit(task.task_id, rater, ["good"] * len(task.images), idempotency_key=key)
+            door.submit(rater, *task)
             submits.append(time.perf_counter() - start_s)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(RATERS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(RATERS) as pool:
+        for done in [pool.submit(work, number) for number in range(RATERS)]:
+            done.result()
     return {
         "answers_per_s": round(len(submits) / seconds, 1),
         "next_task_ms": quantiles(leases),
         "submit_ms": quantiles(submits),
     }
+
+
+def over_grpc(url: str, name: str, seconds: float) -> dict[str, object]:
+    """The same over a feedback service: its own times by its metrics, and those that its clients see."""
+    found: dict[str, object] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        token = tokens.add(directory / "tokens.yaml", "bench", ["rate"])
+        settings = {
+            "url": url, "images": f"{directory}/images", "state_dir": f"{directory}/state",
+            "tokens": f"{directory}/tokens.yaml", "port": 0, "grpc_port": 0, "metrics_port": 0,
+        }  # fmt: skip
+        (directory / "config.yaml").write_text(json.dumps(settings))
+        endpoint = directory / "endpoint.json"
+        command = [sys.executable, "-m", "services.feedback", "serve", "--config", f"{directory}/config.yaml"]
+        with subprocess.Popen(
+            [*command, "--endpoint-file", str(endpoint)], stdout=subprocess.DEVNULL
+        ) as served:
+            try:
+                while not endpoint.exists():
+                    assert served.poll() is None, "the service ended"
+                    time.sleep(0.1)
+                addresses = json.loads(endpoint.read_text())
+                for kind, think_s in (("thinking", THINK_S), ("without_pause", 0.0)):
+                    before = server_seconds(addresses["metrics"])
+                    with FeedbackClient(addresses["gRPC"], token=token) as client:
+                        seen = rate(OverGrpc(client, name, f"{kind}-"), seconds, think_s)
+                    after = server_seconds(addresses["metrics"])
+                    own = {key: within(after, before, key) for key in ("lease", "submit")}
+                    found[kind] = {"in_the_server": own, "clients_see": seen}
+            finally:
+                served.terminate()
+    return found
+
+
+def server_seconds(metrics: str) -> dict[tuple[str, float], float]:
+    """By operation and upper bound in seconds: how many operations took at most that long."""
+    with urllib.request.urlopen(metrics) as reply:
+        page = reply.read().decode()
+    return {
+        (sample.labels["operation"], float(sample.labels["le"])): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == "accord_feedback_operation_seconds_bucket"
+    }
+
+
+def within(
+    after: dict[tuple[str, float], float], before: dict[tuple[str, float], float], operation: str
+) -> dict[str, float]:
+    """The share of operations within some bounds, and between which bounds their 95th percentile is."""
+    counts = {
+        bound: number - before.get((name, bound), 0.0)
+        for (name, bound), number in sorted(after.items())
+        if name == operation
+    }
+    total = counts[float("inf")]
+    p95 = next(bound for bound, number in counts.items() if number >= 0.95 * total)
+    shares = {f"within_{bound * 1000:g}_ms": round(counts[bound] / total, 4) for bound in (0.025, 0.05, 0.1)}
+    return {"operations": total, "p95_at_most_ms": p95 * 1000, **shares}
 
 
 def ask_naively(database: Database, rater: str) -> float:
@@ -188,12 +313,13 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[str]:
-    """A PostgreSQL server on a Unix socket, with PostgreSQL's default settings."""
+def server(keep: Path | None = None) -> Iterator[str]:
+    """A PostgreSQL server on a Unix socket, with PostgreSQL's default settings. It stays filled in `keep`."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parts[-2]))
     initdb = shutil.which("initdb")
     binaries = Path(initdb).resolve().parent if initdb else found[-1]
-    directory = Path(tempfile.mkdtemp(prefix="accord-bench-"))
+    directory = keep.resolve() if keep else Path(tempfile.mkdtemp(prefix="accord-bench-"))
+    directory.mkdir(parents=True, exist_ok=True)
     user = pwd.getpwnam("postgres").pw_name if os.geteuid() == 0 else None
 
     def run(*command: str) -> None:
@@ -203,7 +329,9 @@ def server() -> Iterator[str]:
         if user:
             shutil.chown(directory, user)
         data = f"--pgdata={directory}/data"
-        run(f"{binaries}/initdb", data, "--username=accord", "--auth=trust", "--encoding=UTF8", "--locale=C")
+        if not (directory / "data").exists():
+            login = ("--username=accord", "--auth=trust", "--encoding=UTF8", "--locale=C")
+            run(f"{binaries}/initdb", data, *login)
         options = f"--options=-k {directory} -c listen_addresses=''"
         run(f"{binaries}/pg_ctl", "start", "--wait", data, options, f"--log={directory}/log")
         try:
@@ -211,7 +339,8 @@ def server() -> Iterator[str]:
         finally:
             run(f"{binaries}/pg_ctl", "stop", "--wait", data, "--mode=fast")
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """What labels of noisy raters cost the reward: its AUC beside that of clean labels of the same images.
 
-    python -m benchmarks.feedback_labels [--images 768] [--seeds 5] [--errors 0.05 0.15 0.25]
+    python -m benchmarks.feedback_labels [--seeds 5] [--errors 0.05 0.15 0.25]     generated images
+    python -m benchmarks.feedback_labels --rendered [--images 768]                 renders: minutes less
 
-Images of the world of shapes with careless captions (its look-alikes: heart for circle, orange for red) are
-candidates of a feedback store. A campaign collects a judgement of each by every rater, who is wrong at random
-with his own error rate; snapshots aggregate them by majority and by reliability. A third snapshot is of a
-rater who is never wrong. A reward is learned from each with the settings of recipes/sandbox/demo.yaml, and
-measured on other images, by their clean labels. The claim: weighted labels cost at most 0.02 of AUC in the
-mean over seeds.
+The images are the sandbox model's, on the prompts of recipes/sandbox/demo.yaml and with its sampler: 768 to
+learn from and, of other prompts and seeds, 512 to measure on. With --rendered they are drawn by the renderer
+of the world of shapes, with careless captions (its look-alikes: heart for circle, orange for red).
+
+They are candidates of a feedback store. A campaign collects a judgement of each by every rater, who is wrong
+at random with his own error rate; snapshots aggregate them by majority and by reliability. A third snapshot
+is of a rater who is never wrong. A reward is learned from each with the settings of the recipe, and measured
+on the other images, by their clean labels. The claim: aggregated labels cost at most 0.02 of AUC in the mean
+over seeds.
 """
 
 import argparse
@@ -16,18 +20,20 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
 
-from accord.config import load_yaml
+from accord.config import load_yaml, resolve_path
+from accord.diffusion.model import load_diffusion_model
+from accord.diffusion.sample import sample_images
 from accord.evaluation.statistics import auc
 from accord.feedback import Campaigns, Candidate, FeedbackStore
 from accord.feedback.snapshot import load_snapshot, write_snapshot
-from accord.images import ImageFolder, encode_png
-from accord.prompts import Grammar, load_grammar
+from accord.images import ImageFolder, Pixels, encode_png
+from accord.prompts import Grammar, Prompt, load_grammar
 from accord.recipe import Recipe
 from accord.reward.data import build_reward_data
 from accord.reward.features import ClipEncoder
@@ -37,17 +43,19 @@ from accord.shapes.judge import fits, read_image
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "sandbox" / "demo.yaml"
 CLAIM = 0.02
-TEST_IMAGES = 2000
+TEST_RENDERS = 2000
 BATCH = 128
 
 Truth = dict[tuple[str, str], bool]
+Drawn = tuple[list[Candidate], Truth]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, default=768, help="judged images; the demo's number by default")
+    parser.add_argument("--rendered", action="store_true", help="renders instead of the model's images")
+    parser.add_argument("--images", type=int, default=768, help="how many renders are judged")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--errors", type=float, nargs="+", default=[0.05, 0.15, 0.25], help="one a rater")
@@ -55,31 +63,89 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = load_yaml(Recipe, RECIPE)
     encoder = ClipEncoder(recipe.clip)
+    world: World = Rendered(arguments.images) if arguments.rendered else Generated(recipe)
     rows = []
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         with tempfile.TemporaryDirectory() as directory:
-            row = measure(recipe, encoder, Path(directory), arguments.images, arguments.errors, seed)
+            row = measure(recipe, encoder, Path(directory), world, arguments.errors, seed)
         print(json.dumps(row), flush=True)
         rows.append(row)
     names = ("clean", "majority", "weighted")
     mean = {name: round(statistics.fmean(row["auc"][name] for row in rows), 4) for name in names}
-    lost = round(mean["clean"] - mean["weighted"], 4)
+    lost = {name: round(mean["clean"] - mean[name], 4) for name in names[1:]}
     result = {"errors": arguments.errors, "seeds": rows, "mean_auc": mean, "lost": lost, "claim": CLAIM}
-    print(f"mean AUC {mean}; weighted labels cost {lost}, the claim is at most {CLAIM}")
+    print(f"mean AUC {mean}; aggregated labels cost {lost}, the claim is at most {CLAIM}")
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    raise SystemExit(lost > CLAIM)
+    raise SystemExit(max(lost.values()) > CLAIM)
+
+
+class World(Protocol):
+    """Where images come from."""
+
+    def draw(self, seed: int, grammar: Grammar, folder: ImageFolder) -> tuple[Drawn, Drawn]:
+        """Candidates to learn from and to measure on, each with its clean label."""
+        ...
+
+
+class Rendered:
+    def __init__(self, images: int) -> None:
+        self._images = images
+
+    def draw(self, seed: int, grammar: Grammar, folder: ImageFolder) -> tuple[Drawn, Drawn]:
+        def part(count: int, seed: int) -> Drawn:
+            rows = [(item.image, grammar.parse(item.caption)) for item in captioned_renders(count, seed)]
+            return keep(rows, folder)
+
+        return part(self._images, 1000 + seed), part(TEST_RENDERS, 2000 + seed)
+
+
+class Generated:
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._model = load_diffusion_model(resolve_path(recipe.model))
+
+    def draw(self, seed: int, grammar: Grammar, folder: ImageFolder) -> tuple[Drawn, Drawn]:
+        collect = self._recipe.collect
+        learned = grammar.sample(collect.labelled.plan, seed)
+        others = grammar.sample(collect.unlabelled.plan, seed, exclude=learned)
+        parts = (
+            [p for p in learned for _ in range(collect.labelled.images_per_prompt[p.category])],
+            [p for p in others for _ in range(2 * collect.unlabelled.images_per_prompt[p.category])],
+        )
+        first, second = (self._sample(prompts, 2 * seed + n) for n, prompts in enumerate(parts))
+        return keep(first, folder), keep(second, folder)
+
+    def _sample(self, prompts: Sequence[Prompt], seed: int) -> list[tuple[Pixels, Prompt]]:
+        sampler, batch = self._recipe.collect.sampler, self._recipe.collect.batch_size
+        rows: list[tuple[Pixels, Prompt]] = []
+        for start in range(0, len(prompts), batch):
+            part = prompts[start : start + batch]
+            seeds = [1_000_000 * seed + start + number for number in range(len(part))]
+            images = sample_images(self._model, [prompt.text for prompt in part], seeds, sampler)
+            rows += zip(images, part, strict=True)
+        return rows
+
+
+def keep(rows: Sequence[tuple[Pixels, Prompt]], folder: ImageFolder) -> Drawn:
+    """The images in the folder, as candidates, and whether each fits its prompt."""
+    candidates, truth = [], {}
+    for number, (image, prompt) in enumerate(rows):
+        digest = folder.put(encode_png(image))
+        height, width, _ = image.shape
+        kind, split = str(prompt.category), str(prompt.split)
+        candidates.append(Candidate(digest, prompt.text, kind, split, number, width, height))
+        truth[digest, prompt.text] = fits(read_image(image), prompt)
+    return candidates, truth
 
 
 def measure(
-    recipe: Recipe, encoder: ClipEncoder, directory: Path, images: int, errors: Sequence[float], seed: int
+    recipe: Recipe, encoder: ClipEncoder, directory: Path, world: World, errors: Sequence[float], seed: int
 ) -> dict[str, Any]:
     """The test AUC by kind of labels, and how many training labels are right."""
     grammar, folder = load_grammar(recipe.grammar), ImageFolder(directory / "images")
-    candidates, truth = draw(images, 1000 + seed, grammar, folder)
-    tests, test_truth = draw(TEST_IMAGES, 2000 + seed, grammar, folder)
-    features = {c.image: None for c in [*candidates, *tests]}
-    digests = list(features)
+    (candidates, truth), (tests, test_truth) = world.draw(seed, grammar, folder)
+    digests = list(dict.fromkeys(c.image for c in [*candidates, *tests]))
     vectors = torch.cat(
         [
             encoder.image_features([folder.load(digest) for digest in digests[start : start + BATCH]]).cpu()
@@ -105,21 +171,8 @@ def measure(
         scores = reward([c.image for c in tests], [c.prompt for c in tests])
         labels = [float(test_truth[c.image, c.prompt]) for c in tests]
         found[name] = round(float(auc(scores, labels)), 4)
-    return {"seed": seed, "auc": found, "right_labels": right}
-
-
-def draw(count: int, seed: int, grammar: Grammar, folder: ImageFolder) -> tuple[list[Candidate], Truth]:
-    candidates, truth = [], {}
-    for number, item in enumerate(captioned_renders(count, seed)):
-        digest = folder.put(encode_png(item.image))
-        prompt = grammar.parse(item.caption)
-        height, width, _ = item.image.shape
-        candidate = Candidate(
-            digest, prompt.text, str(prompt.category), str(prompt.split), number, width, height
-        )
-        candidates.append(candidate)
-        truth[digest, prompt.text] = fits(read_image(item.image), prompt)
-    return candidates, truth
+    good = round(float(np.mean(list(test_truth.values()))), 3)
+    return {"seed": seed, "auc": found, "right_labels": right, "good": good}
 
 
 def judge(

@@ -19,7 +19,7 @@ from accord.errors import ConfigError
 from accord.evaluation.fidelity import Reference
 from accord.evaluation.guidance import choose_guidance, frontier_table
 from accord.evaluation.plan import BEST_OF, CHOICE, TEST, evaluation_rows
-from accord.evaluation.protocols import QUESTIONS
+from accord.evaluation.protocols import QUESTIONS, KnowsTheTruth
 from accord.evaluation.statistics import Bootstrap
 from accord.feedback.aggregate import find_aggregation
 from accord.images import decode_image
@@ -177,7 +177,7 @@ def _measure_all(recipe: Recipe, run_dir: Path, stage: Stage, rows: pd.DataFrame
     if recipe.rewards and best_of.any():  # what the model is tuned for is what ranks its images
         measured.loc[best_of, "reward"] = rewards_of(recipe, run_dir, measured[best_of])
     grammar = load_grammar(recipe.grammar)
-    measured["fits"] = _labels(recipe, run_dir, grammar, measured)
+    measured["fits"], measured["truth"] = _labels(recipe, run_dir, grammar, measured)
     calibrated = measured[claims].assign(
         **{name: scores[f"{name}_calibrated"] for name in ("reward", "reward_no_auxiliary")}
     )
@@ -202,13 +202,16 @@ def reference_features(recipe: Recipe, run_dir: Path) -> NDArray[np.float32]:
     return np.concatenate(parts).astype(np.float32)
 
 
-def _labels(recipe: Recipe, run_dir: Path, grammar: Grammar, measured: pd.DataFrame) -> pd.Series:
+def _labels(
+    recipe: Recipe, run_dir: Path, grammar: Grammar, measured: pd.DataFrame
+) -> tuple[pd.Series, pd.Series]:
     """`fits`: whether the raters find that a test image fits its prompt; null on a tie, on other rows, or
-    without simulated raters.
+    without simulated raters. And `truth`, where the panel knows it.
     """
     fits = pd.Series(pd.NA, index=measured.index, dtype="boolean")
+    truth = fits.copy()
     if recipe.panel is None:
-        return fits
+        return fits, truth
     panel, aggregate = inputs.make_panel(recipe, "evaluate"), find_aggregation(recipe.feedback.aggregation)
     folder = inputs.image_folder(run_dir)
     rows = list(inputs.records(measured[measured["group"] == TEST]))
@@ -216,12 +219,12 @@ def _labels(recipe: Recipe, run_dir: Path, grammar: Grammar, measured: pd.DataFr
     with bar("Judging test images", len(rows), "images") as progress:
         done = 0
         for part in inputs.batches(rows, BATCH_SIZE):
-            judged = panel.judge(
-                [folder.load(r.image) for r in part],
-                [grammar.parse(r.prompt) for r in part],
-                [judgement_key(recipe, r.image, r.prompt) for r in part],
-                recipe.feedback.judgements_per_image,
-            )
+            images = [folder.load(r.image) for r in part]
+            asked = [grammar.parse(r.prompt) for r in part]
+            keys = [judgement_key(recipe, r.image, r.prompt) for r in part]
+            judged = panel.judge(images, asked, keys, recipe.feedback.judgements_per_image)
+            if isinstance(panel, KnowsTheTruth):
+                truth[[row.Index for row in part]] = panel.truth(images, asked)
             for row, given in zip(part, judged, strict=True):
                 votes[row.Index] = [(vote.rater, vote.verdict) for vote in given]
             done += len(part)
@@ -230,7 +233,7 @@ def _labels(recipe: Recipe, run_dir: Path, grammar: Grammar, measured: pd.DataFr
     for row in rows:
         label = labels[row.Index]
         fits[row.Index] = pd.NA if label is None else bool(label)
-    return fits
+    return fits, truth
 
 
 def _reward_rows(measured: pd.DataFrame) -> pd.DataFrame:
@@ -239,8 +242,11 @@ def _reward_rows(measured: pd.DataFrame) -> pd.DataFrame:
     to be probabilities.
     """
     rows = measured[(measured["group"] == TEST) & (measured["model"] == "base")]
-    label = rows["fits"].astype("Float64").to_numpy(dtype=float, na_value=np.nan)
-    return rows.assign(label=label)[["prompt", "category", "split", "label", *SCORES]]
+    labels = {
+        name: rows[column].astype("Float64").to_numpy(dtype=float, na_value=np.nan)
+        for name, column in (("label", "fits"), ("truth", "truth"))
+    }
+    return rows.assign(**labels)[["prompt", "category", "split", *labels, *SCORES]]
 
 
 def _votes(recipe: Recipe, run_dir: Path, grammar: Grammar, measured: pd.DataFrame) -> pd.DataFrame:

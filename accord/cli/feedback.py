@@ -235,7 +235,7 @@ def exclude(
     url: UrlOption,
     reason: Annotated[str, typer.Option(help="Why; it is kept.")],
 ) -> None:
-    """Exclude or withdraw a rater: nothing that he said counts from now on. It cannot be taken back."""
+    """Exclude or withdraw a rater: nothing that he said counts from now on."""
     from accord.feedback import Campaigns
 
     with _errors(), Campaigns(url) as campaigns:
@@ -244,6 +244,23 @@ def exclude(
         f"{_plain(rater)} is excluded; {freed} places are free for others. What used his judgements before: "
         f"accord feedback affected {_plain(rater)} --runs DIR"
     )
+
+
+@app.command()
+def include(
+    rater: Annotated[str, typer.Argument(help="Whose judgements count again.")],
+    url: UrlOption,
+    reason: Annotated[str, typer.Option(help="Why; it is kept.")],
+) -> None:
+    """End an exclusion: what the rater said counts again, where nobody else took his place meanwhile."""
+    from accord.feedback import Campaigns
+
+    with _errors(), Campaigns(url) as campaigns:
+        places = campaigns.include(rater, reason)
+    if places is None:
+        _out.print(f"{_plain(rater)} was not excluded")
+    else:
+        _out.print(f"{_plain(rater)} rates again; {places} answers in campaigns count again")
 
 
 @app.command()

@@ -25,7 +25,7 @@ from accord.client.errors import (
     UntrustedCertificate,
     Violation,
 )
-from accord.client.feedback import FeedbackClient
+from accord.client.feedback import FeedbackClient, GoldImage, Preferences, RatingTask, SetComparison
 from accord.client.requests import GenerationOptions
 from accord.client.results import (
     Accepted,
@@ -54,16 +54,20 @@ __all__ = [
     "GeneratedImage",
     "Generation",
     "GenerationOptions",
+    "GoldImage",
     "InvalidRequest",
     "Model",
     "ModelNotFound",
     "NotFound",
     "Overloaded",
     "PermissionDenied",
+    "Preferences",
     "Progress",
+    "RatingTask",
     "RetryPolicy",
     "Score",
     "ServerError",
+    "SetComparison",
     "Summary",
     "Unauthenticated",
     "Unavailable",

@@ -77,3 +77,11 @@ class Panel(Protocol):
         key: str,
     ) -> list[int]:
         """One vote a rater: +1 where the rater prefers the first set of images, -1 the second, 0 neither."""
+
+
+@runtime_checkable
+class KnowsTheTruth(Protocol):
+    """A panel of simulated raters can also say what is true: what a rater would say who makes no mistakes."""
+
+    def truth(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[Prompt]) -> list[bool]:
+        """Whether each image (HWC) fits its prompt."""

@@ -1,7 +1,7 @@
 """How well a score ranks images as people do: on labelled images that it was not trained on.
 
 The rows: prompt, category, split, label (1 good, 0 bad; NaN where raters did not agree), and one column a
-score.
+score. Where simulated raters know it, there is also truth: the label without their mistakes.
 """
 
 from collections.abc import Mapping
@@ -114,6 +114,38 @@ def reward_quality(
         for over in ("clip", "reward_no_auxiliary")
     }
     return quality
+
+
+def label_quality(rows: pd.DataFrame | None, *, bootstrap: Bootstrap | None = None) -> dict[str, Any]:
+    """What raters' mistakes do to the labels and to what is measured by them; empty where no truth is known.
+
+    `right` is the share of labels that are true, and `reward` the reward's AUC (an estimate) by "label" and
+    by "truth", on the same rows.
+    """
+    if rows is None or "truth" not in rows.columns:
+        return {}
+    rows = rows[finite_rows(rows["label"], rows["truth"], rows["reward"])]
+    if rows.empty:
+        return {}
+    bootstrap = bootstrap or Bootstrap()
+    weights_RN, clusters = _resampled_rows(rows["prompt"].to_numpy(dtype=str), bootstrap)
+
+    def share(value: float, resampled_R: Floats) -> dict[str, Any]:
+        return bootstrap.interval(
+            value, resampled_R, n=len(rows), clusters=clusters, support=PROPORTION
+        ).as_dict()
+
+    scores_N = rows["reward"].to_numpy(dtype=float)
+    label_N, truth_N = (rows[name].to_numpy(dtype=float) for name in ("label", "truth"))
+    right_N = (label_N == truth_N).astype(float)
+    right_R = weights_RN @ right_N / weights_RN.sum(axis=1)
+    return {
+        "right": share(float(right_N.mean()), right_R),
+        "reward": {
+            name: share(auc(scores_N, by_N), auc(scores_N, by_N, weights_RN))
+            for name, by_N in (("label", label_N), ("truth", truth_N))
+        },
+    }
 
 
 def _usable(rows: pd.DataFrame, scores: list[str]) -> pd.DataFrame:

@@ -17,7 +17,8 @@ readable.MODEL                share of readable images
 change.MODEL                  diversity, readable and frechet above the base's
 frontier                      one entry for each model and guidance scale, on the "choice" prompts
 frontier_gain.MODEL           success above the base's at equal guidance, and at equal Fréchet distance
-feedback, raters (who judged, and how much they agree), calibration (of the reward, where it was fitted),
+feedback, raters (who judged, and how much they agree), labels (how many are true),
+calibration (of the reward, where it was fitted),
 agreement (judge and evaluator), protocol, digests, seconds.STAGE, verdict
 """
 
@@ -37,7 +38,7 @@ from accord.evaluation.fidelity import Reference, diversity, diversity_by_prompt
 from accord.evaluation.guidance import choose_guidance, frontier_gain, frontier_table
 from accord.evaluation.plan import BEST_OF, CHOICE, TEST
 from accord.evaluation.protocols import QUESTIONS
-from accord.evaluation.reward_quality import reward_quality
+from accord.evaluation.reward_quality import label_quality, reward_quality
 from accord.evaluation.statistics import Bootstrap, bootstrap_interval, difference_interval, kappa
 from accord.evaluation.verdict import compute_verdict
 from accord.evaluation.votes import tally
@@ -147,6 +148,7 @@ def build_summary(
         "feedback": feedback,
         "raters": raters or {},
         "calibration": calibration or {},
+        "labels": label_quality(reward_rows, bootstrap=bootstrap),
         "agreement": _agreement(measurements, bootstrap),
         "protocol": _protocol(test, config, seed),
         "digests": digests,

@@ -122,7 +122,7 @@ def shares_by_category(counts: Iterable[VoteCount]) -> dict[str, dict[str, float
             votes[category][row.verdict] += row.count
             judged[category].add((row.image, row.prompt))
     order = [*sorted(votes.keys() - {"total"}), *(["total"] if votes else [])]
-    return {category: _shares(votes[category], len(judged[category])) for category in order}
+    return {category: shares_of(votes[category], len(judged[category])) for category in order}
 
 
 def _check(votes: Iterable[str]) -> None:
@@ -131,7 +131,8 @@ def _check(votes: Iterable[str]) -> None:
         raise FeedbackError(f"unknown verdict {unknown[0]!r}; expected {', '.join(VERDICTS)}")
 
 
-def _shares(votes: Counter[str], candidates: int) -> dict[str, float]:
+def shares_of(votes: Counter[str], candidates: int) -> dict[str, float]:
+    """A row of `shares_by_category`: of so many votes, of so many candidates."""
     total = votes.total()
     shares = {verdict: votes[verdict] / total for verdict in VERDICTS}
     return {"candidates": candidates, "judgements": total, **shares}

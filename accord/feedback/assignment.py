@@ -1,4 +1,4 @@
-"""Who judges what: leases, answers, undo and expiry, each a transaction on an open connection.
+"""Who judges what: leases and expiry, each a transaction on an open connection. Answers: `answering`.
 
 Order of locks, so that nobody waits in a circle (PostgreSQL; SQLite has one writer at a time): the rater's
 row of the campaign, then tasks by rising id, then places.
@@ -10,27 +10,21 @@ import hashlib
 import json
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, and_, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, exists, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from accord.feedback.campaign_records import (
-    AnsweredError,
     ExcludedError,
-    LeaseError,
     NotFoundError,
     Task,
-    check_answer,
 )
 from accord.feedback.campaign_tables import (
     TASKS_PER_CAMPAIGN,
-    answers,
     campaign_raters,
     exclusions,
     places,
     tasks,
 )
-from accord.feedback.counting import standing
-from accord.feedback.tables import judgements
 
 GOLD_EVERY = 10
 """One of so many tasks that a rater takes is a gold one, as long as there are any that he has not seen."""
@@ -54,6 +48,8 @@ class Desk:
     leases: int
     """How many new tasks he has got."""
     last_answer_ms: int
+    counted: int
+    """Places of his that are answered, gold apart."""
 
     @property
     def expires_ms(self) -> int:
@@ -63,19 +59,30 @@ class Desk:
 def sit_down(connection: Connection, campaign: Row[Any], rater: str, now_ms: int) -> Desk:
     """Locks the rater's row of the campaign, so that two devices of one rater take turns.
 
-    Raises:
-        ExcludedError: the rater was excluded.
+    Whether he is excluded is asked after that, by a statement of its own: one that waits for a lock still
+    reads what was there before it waited (PostgreSQL).
     """
-    row = {"campaign": campaign.number, "rater": rater, "cursor": 0, "leases": 0, "last_answer_ms": 0}
-    stored = upsert(connection)(campaign_raters).values(row)
-    locked = stored.on_conflict_do_update(
-        index_elements=["campaign", "rater"], set_={"leases": campaign_raters.c.leases}
-    ).returning(campaign_raters.c.cursor, campaign_raters.c.leases, campaign_raters.c.last_answer_ms)
-    seat = connection.execute(locked).one()
-    found = connection.execute(select(exclusions.c.rater).where(exclusions.c.rater == rater)).first()
-    if found is not None:
-        raise ExcludedError(f"the rater {rater!r} was excluded; judgements of his are no longer taken")
+    seats = campaign_raters
+    columns = (seats.c.cursor, seats.c.leases, seats.c.last_answer_ms, seats.c.counted)
+    mine = and_(seats.c.campaign == campaign.number, seats.c.rater == rater)
+    seat = connection.execute(select(*columns).where(mine).with_for_update()).first()
+    if seat is None:
+        numbers = {"cursor": 0, "leases": 0, "last_answer_ms": 0, "answered": 0, "counted": 0}
+        new = upsert(connection)(seats).values(campaign=campaign.number, rater=rater, **numbers)
+        locked = new.on_conflict_do_update(
+            index_elements=["campaign", "rater"], set_={"leases": seats.c.leases}
+        )
+        seat = connection.execute(locked.returning(*columns)).one()
     return Desk(connection, campaign, rater, now_ms, *seat)
+
+
+is_excluded = exists().where(exclusions.c.rater == campaign_raters.c.rater).label("excluded")
+
+
+def check_welcome(desk: Desk, excluded: object) -> None:
+    """Raises ExcludedError when the statement that asked `is_excluded` found that he is."""
+    if excluded:
+        raise ExcludedError(f"the rater {desk.rater!r} was excluded; judgements of his are no longer taken")
 
 
 def upsert(connection: Connection) -> Any:
@@ -83,7 +90,8 @@ def upsert(connection: Connection) -> Any:
     return sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
 
 
-def _seat(desk: Desk) -> ColumnElement[bool]:
+def seat_of(desk: Desk) -> ColumnElement[bool]:
+    """The condition on the rater's row of the campaign."""
     return and_(campaign_raters.c.campaign == desk.campaign.number, campaign_raters.c.rater == desk.rater)
 
 
@@ -111,18 +119,12 @@ def parse_task(task_id: str) -> tuple[str, int]:
 
 
 def lease(desk: Desk, besides: str | None) -> Task | None:
-    """The oldest task that the rater holds, other than `besides`; else a new one; None when none is left."""
-    held = desk.connection.execute(
-        select(places.c.id.label("place"), tasks)
-        .join(tasks, places.c.task == tasks.c.id)
-        .where(
-            places.c.rater == desk.rater,
-            places.c.state == "leased",
-            tasks.c.campaign == desk.campaign.number,
-            places.c.task.between(*_range(desk.campaign)),
-        )
-        .order_by(places.c.id)
-    ).all()
+    """The oldest task that the rater holds, other than `besides`; else a new one; None when none is left.
+
+    Raises:
+        ExcludedError: the rater was excluded.
+    """
+    any_returned, held = _look_around(desk)
     for row in held:
         if task_name(desk.campaign.campaign_id, row.id) == besides:
             continue
@@ -133,17 +135,49 @@ def lease(desk: Desk, besides: str | None) -> Task | None:
         )
         if renewed.rowcount:
             return _shown(desk, row.id, row)
-    found = _gold(desk) or _returned(desk)
+    found = _gold(desk)
     if found is not None:
         return _take(desk, found, desk.cursor)
-    found = _in_order(desk)
+    if (
+        desk.counted + sum(row.gold is None for row in held)
+        >= desk.campaign.num_tasks - desk.campaign.num_gold
+    ):
+        return None  # he has had every task: known without looking at any
+    found = _returned(desk) if any_returned else None
     if found is not None:
-        return _take(desk, found, found.id)
+        return _take(desk, found, desk.cursor)
+    # In order, each rater goes past what others are just taking; from the beginning again he finds it.
+    for after in dict.fromkeys((desk.cursor, 0)):
+        found = _in_order(desk, after)
+        if found is not None:
+            return _take(desk, found, found.id)
     found = _last_look(desk)
     return None if found is None else _take(desk, found, desk.cursor)
 
 
-def _range(campaign: Row[Any]) -> tuple[int, int]:
+def _look_around(desk: Desk) -> tuple[bool, list[Row[Any]]]:
+    """Whether any task was given back; and what the rater holds, oldest first, each with its `place`."""
+    first, last = task_range(desk.campaign)
+    mine = and_(
+        places.c.rater == campaign_raters.c.rater,
+        places.c.state == "leased",
+        places.c.task.between(first, last),
+    )
+    held = places.join(tasks, places.c.task == tasks.c.id)
+    back = tasks.alias("back")
+    is_back = and_(back.c.campaign == desk.campaign.number, back.c.returned, back.c.taken < back.c.wanted)
+    query = (
+        select(is_excluded, exists().where(is_back).label("any"), places.c.id.label("place"), tasks)
+        .select_from(campaign_raters.outerjoin(held, mine))
+        .where(seat_of(desk))
+        .order_by(places.c.id)
+    )
+    rows = desk.connection.execute(query).all()
+    check_welcome(desk, rows[0].excluded)
+    return rows[0].any, [row for row in rows if row.place is not None]
+
+
+def task_range(campaign: Row[Any]) -> tuple[int, int]:
     return campaign.number * TASKS_PER_CAMPAIGN, (campaign.number + 1) * TASKS_PER_CAMPAIGN - 1
 
 
@@ -161,12 +195,17 @@ def _shown(desk: Desk, task: int, row: Row[Any]) -> Task:
 
 
 def _not_mine(desk: Desk) -> ColumnElement[bool]:
-    mine = exists().where(places.c.task == tasks.c.id, places.c.rater == desk.rater, _active)
-    return and_(tasks.c.campaign == desk.campaign.number, ~mine)
+    # OFFSET 0 keeps PostgreSQL from making a join of it, for which it may read all places of the store to
+    # find one task. So it looks at one task after the other, by the index of tasks and raters.
+    mine = and_(places.c.task == tasks.c.id, places.c.rater == desk.rater, _active)
+    seen = select(places.c.id).where(mine).offset(0).exists()
+    return and_(tasks.c.campaign == desk.campaign.number, ~seen)
 
 
 def _gold(desk: Desk) -> Row[Any] | None:
     """A gold task, when it is time for one: at a place in each `GOLD_EVERY` that the rater cannot guess."""
+    if not desk.campaign.num_gold:
+        return None
     block, place = divmod(desk.leases, GOLD_EVERY)
     drawn = hashlib.sha256(f"gold {desk.campaign.seed} {desk.rater} {block}".encode()).digest()
     if place != drawn[0] % GOLD_EVERY:
@@ -187,11 +226,13 @@ def _returned(desk: Desk) -> Row[Any] | None:
     return desk.connection.execute(query).first()
 
 
-def _in_order(desk: Desk) -> Row[Any] | None:
-    """The next open task after the last that the rater got in order: found at once, however many."""
+def _in_order(desk: Desk, after: int) -> Row[Any] | None:
+    """The next open task after that one: found at once, however many there are."""
+    first, last = task_range(desk.campaign)
+    ahead = tasks.c.id.between(max(after + 1, first), last)
     query = (
         select(tasks)
-        .where(tasks.c.taken < tasks.c.wanted, tasks.c.id > desk.cursor, _not_mine(desk))
+        .where(tasks.c.taken < tasks.c.wanted, ahead, _not_mine(desk))
         .order_by(tasks.c.id)
         .limit(1)
         .with_for_update(skip_locked=True, of=tasks)
@@ -213,29 +254,34 @@ def _last_look(desk: Desk) -> Row[Any] | None:
 
 
 def _take(desk: Desk, task: Row[Any], cursor: int) -> Task:
-    _occupy(desk, task)
+    occupy(desk, task)
     values = {"leases": desk.leases + 1, "cursor": cursor}
-    desk.connection.execute(update(campaign_raters).where(_seat(desk)).values(values))
+    desk.connection.execute(update(campaign_raters).where(seat_of(desk)).values(values))
     return _shown(desk, task.id, task)
 
 
-def _occupy(desk: Desk, task: Row[Any]) -> None:
+def occupy(desk: Desk, task: Row[Any]) -> None:
     """Leases the rater a place of a task whose lock we hold and that has one free."""
-    slot = None
-    if task.gold is None:
-        slot = 0
-        if task.taken:
-            query = select(places.c.slot).where(places.c.task == task.id, places.c.slot.is_not(None))
-            slot = min(set(range(task.wanted)) - set(desk.connection.execute(query).scalars()))
     values = {
-        "state": "leased", "slot": slot, "leased_ms": desk.now_ms, "expires_ms": desk.expires_ms
+        "state": "leased", "slot": free_slot(desk.connection, task), "leased_ms": desk.now_ms,
+        "expires_ms": desk.expires_ms,
     }  # fmt: skip
     new = upsert(desk.connection)(places).values(task=task.id, rater=desk.rater, **values)
     desk.connection.execute(new.on_conflict_do_update(index_elements=["task", "rater"], set_=values))
-    _count(desk.connection, task.id, taken=1)
+    count_places(desk.connection, task.id, taken=1)
 
 
-def _count(
+def free_slot(connection: Connection, task: Row[Any]) -> int | None:
+    """A slot that is free in a task whose lock we hold; gold tasks have none."""
+    if task.gold is not None:
+        return None
+    if not task.taken:
+        return 0
+    query = select(places.c.slot).where(places.c.task == task.id, places.c.slot.is_not(None))
+    return min(set(range(task.wanted)) - set(connection.execute(query).scalars()))
+
+
+def count_places(
     connection: Connection, task: int, *, taken: int = 0, answered: int = 0, expiries: int = 0
 ) -> None:
     values: dict[str, Any] = {
@@ -248,144 +294,26 @@ def _count(
     connection.execute(update(tasks).where(tasks.c.id == task).values(values))
 
 
-def submit(desk: Desk, number: int, answer: object, key: str) -> bool:
-    """Counts an answer; False when this very answer was counted before.
-
-    Raises:
-        NotFoundError: the campaign has no task of this number.
-        AnsweredError, LeaseError: it cannot be counted; the message says why.
-        FeedbackError: it is no answer to this task, or the key was used for another.
-    """
-    task = desk.campaign.number * TASKS_PER_CAMPAIGN + number
-    name = task_name(desk.campaign.campaign_id, task)
-    locked = desk.connection.execute(select(tasks).where(tasks.c.id == task).with_for_update()).first()
-    if locked is None:
-        raise NotFoundError(f"there is no task {name!r}")
-    given = check_answer(desk.campaign.kind, len(json.loads(locked.images)), answer)
-    text = json.dumps(given)
-    if _counted_before(desk, key, task, "answer", text):
-        return False
-    place = desk.connection.execute(
-        select(places).where(places.c.task == task, places.c.rater == desk.rater)
-    ).first()
-    if place is None:
-        raise LeaseError(f"the task {name!r} was never leased to {desk.rater!r}; lease it first")
-    if place.state == "answered":
-        raise AnsweredError(
-            f"{desk.rater!r} answered the task {name!r} before, with another idempotency key; undo that "
-            "answer first to change it"
-        )
-    if place.state != "leased":
-        if locked.gold is None and locked.taken >= locked.wanted:
-            raise LeaseError(
-                f"the lease of the task {name!r} ran out, and others have judged it since; this answer was "
-                "not counted, lease another task"
-            )
-        _occupy(desk, locked)
-    _record(desk, locked, place.leased_ms, given, text, key)
-    return True
-
-
-def _counted_before(desk: Desk, key: str, task: int | None, kind: str, text: str) -> bool:
-    found = desk.connection.execute(select(answers).where(answers.c.idempotency_key == key)).first()
-    if found is None:
-        return False
-    if (found.rater, found.kind, found.campaign) == (desk.rater, kind, desk.campaign.number) and (
-        kind == "undo" or (found.task, found.answer) == (task, text)
-    ):
-        return True
-    raise AnsweredError(
-        f"the idempotency key {key!r} was used before for something else; every answer and every undo needs "
-        "a key of its own (nothing was stored)"
-    )
-
-
-def _record(desk: Desk, task: Row[Any], leased_ms: int, given: list[str] | str, text: str, key: str) -> None:
-    connection = desk.connection
-    # A task that was fetched ahead was not looked at before the one before it was answered.
-    seconds = max(0, desk.now_ms - max(leased_ms, desk.last_answer_ms)) / 1000
-    mine = and_(places.c.task == task.id, places.c.rater == desk.rater)
-    connection.execute(update(places).where(mine).values(state="answered"))
-    _count(connection, task.id, answered=1)
-    connection.execute(update(campaign_raters).where(_seat(desk)).values(last_answer_ms=desk.now_ms))
-    now = moment(desk.now_ms)
-    event = {
-        "idempotency_key": key, "campaign": desk.campaign.number, "task": task.id, "rater": desk.rater,
-        "kind": "answer", "answer": text, "seconds": seconds, "created_at": now,
-    }  # fmt: skip
-    done = connection.execute(insert(answers).values(event))
-    if isinstance(given, str):
-        return
-    assert done.inserted_primary_key is not None
-    shared = {
-        "prompt": task.prompt, "rater": desk.rater, "created_at": now,
-        "answer_id": done.inserted_primary_key[0],
-    }  # fmt: skip
-    pairs = enumerate(zip(json.loads(task.images), given, strict=True))
-    names = f"{desk.campaign.campaign_id}/{key}"
-    rows = [
-        {**shared, "idempotency_key": f"{names}/{number}", "image": image, "verdict": verdict}
-        for number, (image, verdict) in pairs
-    ]
-    connection.execute(insert(judgements), rows)
-
-
-def undo(desk: Desk, key: str) -> str | None:
-    """Takes back the rater's last answer and leases its task to him again; its id, None without an answer."""
-    connection = desk.connection
-    if _counted_before(desk, key, None, "undo", ""):
-        task = connection.execute(select(answers.c.task).where(answers.c.idempotency_key == key)).scalar()
-        return None if task is None else task_name(desk.campaign.campaign_id, task)
-    mine = and_(answers.c.campaign == desk.campaign.number, answers.c.rater == desk.rater, standing())
-    last = connection.execute(select(answers).where(mine).order_by(answers.c.id.desc()).limit(1)).first()
-    event = {
-        "idempotency_key": key, "campaign": desk.campaign.number, "rater": desk.rater, "kind": "undo",
-        "answer": "", "created_at": moment(desk.now_ms),
-        "task": None if last is None else last.task, "undoes": None if last is None else last.id,
-    }  # fmt: skip
-    connection.execute(insert(answers).values(event))
-    if last is None:
-        return None
-    connection.execute(select(tasks.c.id).where(tasks.c.id == last.task).with_for_update())
-    place = and_(places.c.task == last.task, places.c.rater == desk.rater)
-    again = {"state": "leased", "leased_ms": desk.now_ms, "expires_ms": desk.expires_ms}
-    connection.execute(update(places).where(place).values(again))
-    _count(connection, last.task, answered=-1)
-    return task_name(desk.campaign.campaign_id, last.task)
+def ran_out(campaign: Row[Any], now_ms: int) -> tuple[ColumnElement[bool], ...]:
+    """The conditions on places whose lease ran out."""
+    ours = places.c.task.between(*task_range(campaign))
+    # "More than 0" says no more than the index of leases that run out: the others do without that one.
+    return places.c.state == "leased", places.c.expires_ms > 0, places.c.expires_ms <= now_ms, ours
 
 
 def sweep(connection: Connection, campaign: Row[Any], now_ms: int) -> int:
     """Gives back leases that ran out; how many."""
-    ran_out = and_(places.c.state == "leased", places.c.expires_ms <= now_ms)
-    ours = places.c.task.between(*_range(campaign))
-    query = select(places.c.task).where(ran_out, ours).limit(_SWEEP)
+    late = ran_out(campaign, now_ms)
+    query = select(places.c.task).where(*late).limit(_SWEEP)
     freed = 0
     for task in sorted(set(connection.execute(query).scalars())):
         lock = select(tasks.c.id).where(tasks.c.id == task).with_for_update(skip_locked=True)
         if connection.execute(lock).first() is None:
             continue
         done = connection.execute(
-            update(places).where(ran_out, places.c.task == task).values(state="expired", slot=None)
+            update(places).where(*late, places.c.task == task).values(state="expired", slot=None)
         )
         if done.rowcount:
-            _count(connection, task, taken=-done.rowcount, expiries=done.rowcount)
+            count_places(connection, task, taken=-done.rowcount, expiries=done.rowcount)
             freed += done.rowcount
     return freed
-
-
-def withdraw(connection: Connection, rater: str, limit: int = 500) -> int:
-    """Gives back places of a rater who was excluded, some at a time; how many."""
-    mine = and_(places.c.rater == rater, or_(places.c.state == "leased", places.c.state == "answered"))
-    found = (
-        connection.execute(select(places.c.task).where(mine).order_by(places.c.task).limit(limit))
-        .scalars()
-        .all()
-    )
-    for task in found:
-        connection.execute(select(tasks.c.id).where(tasks.c.id == task).with_for_update())
-        place = connection.execute(select(places).where(mine, places.c.task == task)).first()
-        if place is None:
-            continue
-        connection.execute(update(places).where(places.c.id == place.id).values(state="withdrawn", slot=None))
-        _count(connection, task, taken=-1, answered=-1 if place.state == "answered" else 0)
-    return len(found)

@@ -1,7 +1,6 @@
 """Makes a campaign's tasks, from candidates or comparisons, and stores them in one transaction."""
 
 import datetime
-import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -74,19 +73,22 @@ def store_campaign(
         return
     highest = connection.execute(select(func.max(campaigns.c.number))).scalar()
     number = (highest or 0) + 1
-    now = datetime.datetime.now(datetime.UTC)
-    row = {**settings, "number": number, "content": digest, "created_at": now}
-    connection.execute(insert(campaigns).values(row))
-    rows = iter(
+    rows = [
         {
             "question": "", "item": 0, "right_images": "[]", "swapped": False, "gold": None, "taken": 0,
             "answered": 0, "returned": False, "expiries": 0, "wanted": settings["judgements_per_item"],
             **task, "campaign": number, "id": number * TASKS_PER_CAMPAIGN + index,
         }
         for index, task in enumerate(make(connection))
-    )  # fmt: skip
-    while part := list(itertools.islice(rows, _ROWS_PER_INSERT)):
-        connection.execute(insert(tasks), part)
+    ]  # fmt: skip
+    row = {
+        **settings, "number": number, "content": digest, "created_at": datetime.datetime.now(datetime.UTC),
+        "num_tasks": len(rows), "num_gold": sum(task["gold"] is not None for task in rows),
+        "num_wanted": sum(task["wanted"] for task in rows),
+    }  # fmt: skip
+    connection.execute(insert(campaigns).values(row))
+    for start in range(0, len(rows), _ROWS_PER_INSERT):
+        connection.execute(insert(tasks), rows[start : start + _ROWS_PER_INSERT])
 
 
 def alignment_tasks(
@@ -108,7 +110,10 @@ def alignment_tasks(
     ordinary: dict[tuple[str, str], list[str]] = {}
     golden: dict[tuple[str, str], list[str]] = {}
     wanted, found = set(only), set()
-    for image, prompt, category, source in connection.execute(select(*columns)):
+    query = select(*columns)
+    if sources and not known and not wanted:
+        query = query.where(candidates.c.source.in_(sources))  # not the whole of a large store
+    for image, prompt, category, source in connection.execute(query):
         if (image, prompt) in known or (image, prompt) in wanted:
             found.add((image, prompt))
         if (image, prompt) in known:

@@ -5,18 +5,26 @@ import datetime
 import json
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, func, literal, select
+from sqlalchemy import Column, Connection, Row, and_, case, func, literal, select
 
-from accord.feedback.aggregate import VoteCount, shares_by_category
+from accord.feedback.aggregate import shares_of
 from accord.feedback.assignment import task_name
 from accord.feedback.campaign_records import Campaign, Progress, Rater, StoredJudgement, StuckTask
-from accord.feedback.campaign_tables import answers, campaigns, exclusions, places, served_images, tasks
+from accord.feedback.campaign_tables import (
+    answers,
+    campaign_raters,
+    campaigns,
+    exclusions,
+    places,
+    served_images,
+    tasks,
+)
 from accord.feedback.counting import counted, standing
-from accord.feedback.quality import Agreement, agreement_by_category, suspected, weigh
-from accord.feedback.tables import candidates, judgements
+from accord.feedback.quality import Agreement, agreement_by_category, agreement_of, suspected, weigh
+from accord.feedback.tables import VERDICTS, candidates, judgements
 
 _STUCK_EXPIRIES = 2
 _STUCK_SHOWN = 20
@@ -36,15 +44,11 @@ class PreferenceCount:
 
 
 def campaigns_of(connection: Connection, number: int | None = None) -> list[Campaign]:
-    """All campaigns, or the one of that number, oldest first."""
+    """All campaigns, or the one of that number, oldest first. Reads a row a rater, and none a task."""
+    answered = func.coalesce(func.sum(campaign_raters.c.counted), 0).label("answers")
     query = (
-        select(
-            campaigns,
-            func.count(tasks.c.id).label("tasks"),
-            func.coalesce(func.sum(tasks.c.answered).filter(tasks.c.gold.is_(None)), 0).label("answers"),
-            func.coalesce(func.sum(tasks.c.wanted), 0).label("wanted"),
-        )
-        .outerjoin(tasks, tasks.c.campaign == campaigns.c.number)
+        select(campaigns, answered)
+        .outerjoin(campaign_raters, campaign_raters.c.campaign == campaigns.c.number)
         .group_by(campaigns.c.number)
         .order_by(campaigns.c.number)
     )
@@ -58,9 +62,9 @@ def campaigns_of(connection: Connection, number: int | None = None) -> list[Camp
             judgements_per_item=row.judgements_per_item,
             lease_s=row.lease_s,
             created_at=aware(row.created_at),
-            num_tasks=row.tasks,
+            num_tasks=row.num_tasks,
             num_answers=int(row.answers),
-            num_answers_wanted=int(row.wanted),
+            num_answers_wanted=row.num_wanted,
         )
         for row in connection.execute(query)
     ]
@@ -68,9 +72,8 @@ def campaigns_of(connection: Connection, number: int | None = None) -> list[Camp
 
 def answered_by(connection: Connection, campaign: Row[Any], rater: str) -> int:
     """How many answers of this rater's were not taken back."""
-    mine = and_(answers.c.campaign == campaign.number, answers.c.rater == rater, standing())
-    query = select(func.count()).select_from(answers).where(mine)
-    return int(connection.execute(query).scalar_one())
+    mine = and_(campaign_raters.c.campaign == campaign.number, campaign_raters.c.rater == rater)
+    return connection.execute(select(campaign_raters.c.answered).where(mine)).scalar() or 0
 
 
 def aware(moment: datetime.datetime) -> datetime.datetime:
@@ -78,7 +81,7 @@ def aware(moment: datetime.datetime) -> datetime.datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
 
 
-def progress(connection: Connection, campaign: Row[Any], now_ms: int) -> Progress:
+def progress(connection: Connection, campaign: Row[Any], now_ms: int, *, by_prompt: bool = True) -> Progress:
     summary = campaigns_of(connection, campaign.number)[0]
     ours = tasks.c.campaign == campaign.number
     plain = and_(ours, tasks.c.gold.is_(None))
@@ -87,14 +90,13 @@ def progress(connection: Connection, campaign: Row[Any], now_ms: int) -> Progres
             plain
         )
     ).one()
-    gold = connection.execute(select(func.count()).where(ours, tasks.c.gold.is_not(None))).scalar_one()
     leased = connection.execute(
         select(func.count())
         .select_from(places.join(tasks))
         .where(ours, places.c.state == "leased", places.c.expires_ms > now_ms)
     ).scalar_one()
-    people = select(func.count(answers.c.rater.distinct())).where(
-        answers.c.campaign == campaign.number, answers.c.kind == "answer"
+    people = select(func.count()).where(
+        campaign_raters.c.campaign == campaign.number, campaign_raters.c.last_answer_ms > 0
     )
     stuck = connection.execute(
         select(tasks.c.id, tasks.c.prompt, tasks.c.expiries)
@@ -102,66 +104,87 @@ def progress(connection: Connection, campaign: Row[Any], now_ms: int) -> Progres
         .order_by(tasks.c.expiries.desc(), tasks.c.id)
         .limit(_STUCK_SHOWN)
     ).all()
-    counts = votes(connection, campaign)
-    by_prompt = [dataclasses.replace(row, category=row.prompt) for row in counts]
+    tallies = _tallies(connection, campaign, tasks.c.category)
+    of_prompts = _tallies(connection, campaign, tasks.c.prompt) if by_prompt else ()
+    compares = campaign.kind == "comparison"
     return Progress(
         campaign=summary,
-        tasks=summary.num_tasks - gold,
+        tasks=campaign.num_tasks - campaign.num_gold,
         tasks_done=done,
-        gold_tasks=gold,
+        gold_tasks=campaign.num_gold,
         answers=summary.num_answers,
         wanted=summary.num_answers_wanted,
         leased=leased,
         expired=int(leased_out or 0),
         raters=connection.execute(people).scalar_one(),
         stuck=tuple(StuckTask(task_name(campaign.campaign_id, t), p, e) for t, p, e in stuck),
-        shares=shares_by_category(counts),
-        shares_by_prompt=shares_by_category(by_prompt),
+        shares=_shares(tallies),
+        shares_by_prompt=_shares(of_prompts),
         preferences=_preference_shares(preferences(connection, campaign)),
-        agreement=agreement(connection, campaign),
+        agreement=(
+            _agreement_on_comparisons(connection, campaign) if compares else _agreement_on_images(tallies)
+        ),
     )
 
 
-def agreement(connection: Connection, campaign: Row[Any]) -> dict[str, Agreement]:
-    """How much raters agree: on images by category, or on comparisons by question."""
+def _tallies(connection: Connection, campaign: Row[Any], by: Column[str]) -> list[tuple[Any, ...]]:
+    """Rows of `by` (a column of tasks), good, bad, skip, number: so many images have so many of each verdict.
+
+    Gold apart. The database counts: however large the campaign, little comes back.
+    """
+    times = {
+        verdict: func.sum(case((judgements.c.verdict == verdict, 1), else_=0)).label(verdict)
+        for verdict in VERDICTS
+    }
+    together = judgements.join(answers, judgements.c.answer_id == answers.c.id).join(
+        tasks, answers.c.task == tasks.c.id
+    )
+    item = (
+        select(by.label("name"), *times.values())
+        .select_from(together)
+        .where(answers.c.campaign == campaign.number, tasks.c.gold.is_(None), counted())
+        .group_by(by, judgements.c.image, judgements.c.prompt)
+        .subquery()
+    )
+    same = [item.c.name, *(item.c[verdict] for verdict in VERDICTS)]
+    query = select(*same, func.count().label("number")).group_by(*same)
+    return [tuple(row) for row in connection.execute(query)]
+
+
+def _shares(tallies: Sequence[tuple[Any, ...]]) -> dict[str, dict[str, float]]:
+    """As `shares_by_category`."""
+    votes: dict[str, Counter[str]] = defaultdict(Counter)
+    images: Counter[str] = Counter()
+    for name, *given, number in tallies:
+        for row in (name, "total"):
+            votes[row].update({v: int(n) * number for v, n in zip(VERDICTS, given, strict=True)})
+            images[row] += number
+    order = [*sorted(votes.keys() - {"total"}), *(["total"] if votes else [])]
+    return {name: shares_of(votes[name], images[name]) for name in order}
+
+
+def _agreement_on_images(tallies: Sequence[tuple[Any, ...]]) -> dict[str, Agreement]:
+    """By category; skips apart."""
+    found: dict[str, Counter[tuple[int, ...]]] = defaultdict(Counter)
+    for name, good, bad, _, number in tallies:
+        found[name][int(good), int(bad)] += number
+    return agreement_of(found)
+
+
+def _agreement_on_comparisons(connection: Connection, campaign: Row[Any]) -> dict[str, Agreement]:
+    """By question."""
     not_excluded = answers.c.rater.not_in(select(exclusions.c.rater))
     query = (
-        select(tasks.c.id, tasks.c.category, tasks.c.question, answers.c.rater, answers.c.answer)
+        select(tasks.c.id, tasks.c.question, answers.c.rater, answers.c.answer)
         .join(answers, answers.c.task == tasks.c.id)
-        .where(answers.c.campaign == campaign.number, tasks.c.gold.is_(None), standing(), not_excluded)
+        .where(answers.c.campaign == campaign.number, standing(), not_excluded)
     )
-    said: dict[tuple[int, int], dict[str, str]] = defaultdict(dict)
-    groups: dict[tuple[int, int], str] = {}
-    for task, category, question, rater, text in connection.execute(query):
-        answer = json.loads(text)
-        for place, value in enumerate([answer] if isinstance(answer, str) else answer):
-            if value != "skip":
-                said[task, place][rater] = value
-                groups[task, place] = question or category
-    return agreement_by_category(list(said.values()), [groups[key] for key in said])
-
-
-def votes(connection: Connection, campaign: Row[Any]) -> list[VoteCount]:
-    """How often each verdict was given to each image of the campaign, gold apart."""
-    columns = (
-        judgements.c.image,
-        judgements.c.prompt,
-        candidates.c.category,
-        candidates.c.split,
-        judgements.c.verdict,
-    )
-    same = and_(judgements.c.image == candidates.c.image, judgements.c.prompt == candidates.c.prompt)
-    query = (
-        select(*columns, func.count().label("count"))
-        .select_from(
-            judgements.join(answers, judgements.c.answer_id == answers.c.id)
-            .join(tasks, answers.c.task == tasks.c.id)
-            .join(candidates, same)
-        )
-        .where(answers.c.campaign == campaign.number, tasks.c.gold.is_(None), counted())
-        .group_by(*columns)
-    )
-    return [VoteCount(**row) for row in connection.execute(query).mappings()]
+    said: dict[int, dict[str, str]] = defaultdict(dict)
+    questions: dict[int, str] = {}
+    for task, question, rater, answer in connection.execute(query):
+        said[task][rater] = json.loads(answer)
+        questions[task] = question
+    return agreement_by_category(list(said.values()), [questions[task] for task in said])
 
 
 def preferences(connection: Connection, campaign: Row[Any]) -> list[PreferenceCount]:

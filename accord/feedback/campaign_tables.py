@@ -38,6 +38,9 @@ campaigns = Table(
     Column("seed", BigInteger, nullable=False),
     Column("content", String(64), nullable=False),  # digest of what it was asked to be
     Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("num_tasks", Integer, nullable=False),  # gold among them
+    Column("num_gold", Integer, nullable=False),
+    Column("num_wanted", Integer, nullable=False),  # answers
     CheckConstraint("kind IN ('alignment', 'comparison')", name="kind"),
 )
 
@@ -107,8 +110,9 @@ places = Table(
     Index(
         "ix_places_expiring",
         "expires_ms",
-        postgresql_where=text("state = 'leased'"),
-        sqlite_where=text("state = 'leased'"),
+        # "More than 0" is always true, and keeps the planner from reading all leases for those of one rater.
+        postgresql_where=text("state = 'leased' AND expires_ms > 0"),
+        sqlite_where=text("state = 'leased' AND expires_ms > 0"),
     ),
 )
 
@@ -120,6 +124,9 @@ campaign_raters = Table(
     Column("cursor", BigInteger, nullable=False),  # the last task that was leased in order
     Column("leases", Integer, nullable=False),  # how often a new task was leased
     Column("last_answer_ms", BigInteger, nullable=False),
+    # Counted as they come: to ask how far a campaign is costs the same however large it is.
+    Column("answered", Integer, nullable=False),  # answers that were not taken back, gold among them
+    Column("counted", Integer, nullable=False),  # places of his that are answered, gold apart
 )
 
 answers = Table(
@@ -139,12 +146,24 @@ answers = Table(
     Index(None, "campaign", "rater", "id"),
 )
 
+# Who is excluded now. How that came is in `exclusion_events`, of which nothing is ever removed.
 exclusions = Table(
     "exclusions",
     metadata,
     Column("rater", String(200), primary_key=True),
     Column("reason", String(2000), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+exclusion_events = Table(
+    "exclusion_events",
+    metadata,
+    Column("id", id_type, primary_key=True),
+    Column("rater", String(200), nullable=False),
+    Column("kind", String(7), nullable=False),
+    Column("reason", String(2000), nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    CheckConstraint("kind IN ('exclude', 'include')", name="kind"),
 )
 
 served_images = Table(

@@ -13,7 +13,7 @@ from typing import Any, Self
 from sqlalchemy import Connection, Row, func, insert, select
 
 from accord.errors import FeedbackError
-from accord.feedback import assignment, campaign_making, campaign_reading
+from accord.feedback import answering, assignment, campaign_making, campaign_reading, exclusion
 from accord.feedback.campaign_records import (
     Campaign,
     ComparisonItem,
@@ -26,13 +26,7 @@ from accord.feedback.campaign_records import (
     Task,
     check_key,
 )
-from accord.feedback.campaign_tables import (
-    campaign_raters,
-    campaigns,
-    exclusions,
-    places,
-    served_images,
-)
+from accord.feedback.campaign_tables import campaigns, exclusions, places, served_images
 from accord.feedback.database import Database
 from accord.feedback.tables import Judgement, check_text
 
@@ -156,14 +150,17 @@ class Campaigns:
         with self._database.reading() as connection:
             return campaign_reading.campaigns_of(connection, _find(connection, campaign_id).number)[0]
 
-    def progress(self, campaign_id: str) -> Progress:
+    def progress(self, campaign_id: str, *, by_prompt: bool = True) -> Progress:
         """How the campaign stands. Counts all of its answers: not for every click.
+
+        Without `by_prompt` its `shares_by_prompt` are empty.
 
         Raises:
             NotFoundError: there is no such campaign.
         """
         with self._database.reading() as connection:
-            return campaign_reading.progress(connection, _find(connection, campaign_id), self._now_ms())
+            campaign = _find(connection, campaign_id)
+            return campaign_reading.progress(connection, campaign, self._now_ms(), by_prompt=by_prompt)
 
     def answered_by(self, campaign_id: str, rater: str) -> int:
         """How many answers of this rater's count in the campaign, gold among them.
@@ -220,7 +217,7 @@ class Campaigns:
 
         def work(connection: Connection) -> bool:
             desk = assignment.sit_down(connection, campaign, rater, self._now_ms())
-            return assignment.submit(desk, number, answer, idempotency_key)
+            return answering.submit(desk, number, answer, idempotency_key)
 
         name, number = assignment.parse_task(task_id)
         try:
@@ -243,7 +240,7 @@ class Campaigns:
 
         def work(connection: Connection) -> str | None:
             desk = assignment.sit_down(connection, campaign, rater, self._now_ms())
-            return assignment.undo(desk, idempotency_key)
+            return answering.undo(desk, idempotency_key)
 
         return self._database.write(work)
 
@@ -257,7 +254,7 @@ class Campaigns:
         campaign = self._campaign(campaign_id)
         self._swept_ms[campaign_id] = now_ms
         with self._database.reading() as connection:
-            ran_out = select(places.c.id).where(places.c.state == "leased", places.c.expires_ms <= now_ms)
+            ran_out = select(places.c.id).where(*assignment.ran_out(campaign, now_ms))
             if connection.execute(ran_out.limit(1)).first() is None:
                 return 0
         return self._database.write(lambda now: assignment.sweep(now, campaign, now_ms))
@@ -270,21 +267,29 @@ class Campaigns:
         """
         check_text("exclusion", "rater", rater)
         check_text("exclusion", "reason", reason)
-
-        def work(connection: Connection) -> None:
-            # After this lock no answer of his is under way: those that follow see the exclusion.
-            seats = select(campaign_raters.c.rater).where(campaign_raters.c.rater == rater)
-            connection.execute(seats.order_by(campaign_raters.c.campaign).with_for_update())
-            there = select(exclusions.c.rater).where(exclusions.c.rater == rater)
-            if connection.execute(there).first() is None:
-                now = assignment.moment(self._now_ms())
-                connection.execute(insert(exclusions).values(rater=rater, reason=reason, created_at=now))
-
-        self._database.write(work)
+        now_ms = self._now_ms()
+        self._database.write(lambda now: exclusion.exclude(now, rater, reason, now_ms))
         freed = 0
-        while part := self._database.write(lambda now: assignment.withdraw(now, rater)):
+        while part := self._database.write(lambda now: exclusion.withdraw(now, rater)):
             freed += part
         return freed
+
+    def include(self, rater: str, reason: str) -> int | None:
+        """Ends an exclusion: what the rater said counts again, but where others took his place meanwhile.
+
+        Those answers are taken back (an event), so that no item has more judgements than wanted. Returns how
+        many places are his again; None when he was not excluded.
+        """
+        check_text("exclusion", "rater", rater)
+        check_text("exclusion", "reason", reason)
+        if rater not in self.excluded():
+            return None
+        restored, looked_at, now_ms = 0, 1, self._now_ms()
+        while looked_at:
+            looked_at, part = self._database.write(lambda now: exclusion.restore(now, rater, now_ms))
+            restored += part
+        ended = self._database.write(lambda now: exclusion.include(now, rater, reason, now_ms))
+        return restored if ended else None
 
     def excluded(self) -> dict[str, str]:
         """The excluded raters, and why."""

@@ -7,7 +7,7 @@ are missing, not wrong. Notation: N items, R raters, K values, n_ik = raters who
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,21 +26,39 @@ _SUSPECT_JUDGED = 20
 _SUSPECT_GOLD = 8
 
 
+Tally = Mapping[tuple[int, ...], int]
+"""Items by n_ik, how often each value was given to them: (2, 1) -> 7 are seven items with two votes for the
+first value and one for the second. However many items there are, a tally is small.
+"""
+
+
+def tally(items: Iterable[Rating]) -> Tally:
+    """The tally of items, with their values in the order of the alphabet."""
+    counts = [Counter(item.values()) for item in items]
+    values = sorted({value for count in counts for value in count})
+    return Counter(tuple(count[value] for value in values) for count in counts)
+
+
 def krippendorff_alpha(items: Sequence[Rating]) -> float | None:
     """Krippendorff's alpha for nominal data with missing values (Krippendorff 2011): 1 − D_o / D_e.
 
     1 is full agreement, 0 is chance, below 0 is worse than chance. None when nothing can be compared: fewer
     than two values of items that at least two raters judged. With one value only, agreement is full: 1.
     """
-    pairable = [list(item.values()) for item in items if len(item) > 1]
-    total: Counter[str] = Counter()
+    return alpha_of(tally(items))
+
+
+def alpha_of(items: Tally) -> float | None:
+    """`krippendorff_alpha` of a tally."""
+    total: Counter[int] = Counter()
     disagree = 0.0
-    for values in pairable:
-        counts = Counter(values)
-        total.update(counts)
-        m = len(values)
+    for n_K, number in items.items():
+        m = sum(n_K)
+        if m < 2:
+            continue
+        total.update({value: n * number for value, n in enumerate(n_K)})
         # ordered pairs of unlike values, each item weighing as much as it has values
-        disagree += (m * m - sum(n * n for n in counts.values())) / (m - 1)
+        disagree += number * (m * m - sum(n * n for n in n_K)) / (m - 1)
     n = total.total()
     if n < 2:
         return None
@@ -54,13 +72,25 @@ def fleiss_kappa(items: Sequence[Rating]) -> float | None:
     Every item must have the same number of ratings, at least two: of a campaign that is under way, the items
     with the most common number are taken.
     """
-    sizes = Counter(len(item) for item in items if len(item) > 1)
+    return kappa_of(tally(items))
+
+
+def kappa_of(items: Tally) -> float | None:
+    """`fleiss_kappa` of a tally."""
+    sizes: Counter[int] = Counter()
+    for n_K, number in items.items():
+        if sum(n_K) > 1:
+            sizes[sum(n_K)] += number
     if not sizes:
         return None
     n = max(sizes, key=lambda size: (sizes[size], size))
-    counts = [Counter(item.values()) for item in items if len(item) == n]
-    agreement = sum((sum(c * c for c in item.values()) - n) / (n * (n - 1)) for item in counts) / len(counts)
-    total = sum(counts, Counter[str]())
+    agreement = 0.0
+    total: Counter[int] = Counter()
+    for n_K, number in items.items():
+        if sum(n_K) == n:
+            agreement += number * (sum(c * c for c in n_K) - n) / (n * (n - 1))
+            total.update({value: count * number for value, count in enumerate(n_K)})
+    agreement /= sizes[n]
     chance = sum((count / total.total()) ** 2 for count in total.values())
     return 1.0 if chance == 1 else (agreement - chance) / (1 - chance)
 
@@ -76,15 +106,29 @@ class Agreement:
 
 def agreement_by_category(items: Sequence[Rating], categories: Sequence[str]) -> dict[str, Agreement]:
     """By category, and last in "total"."""
-    groups: dict[str, list[Rating]] = defaultdict(list)
+    values = sorted({value for item in items for value in item.values()})
+    tallies: dict[str, Counter[tuple[int, ...]]] = defaultdict(Counter)
     for item, category in zip(items, categories, strict=True):
-        if len(item) > 1:
-            groups[category].append(item)
-    names = [*sorted(groups), *(["total"] if groups else [])]
-    together = {**groups, "total": [item for group in groups.values() for item in group]}
+        counts = Counter(item.values())
+        tallies[category][tuple(counts[value] for value in values)] += 1
+    return agreement_of(tallies)
+
+
+def agreement_of(tallies: Mapping[str, Tally]) -> dict[str, Agreement]:
+    """By category, and last in "total"; tallies of one order of values. Without what nobody can compare."""
+    compared = {
+        name: {n_K: number for n_K, number in items.items() if sum(n_K) > 1}
+        for name, items in sorted(tallies.items())
+    }
+    compared = {name: items for name, items in compared.items() if items}
+    if not compared:
+        return {}
+    total: Counter[tuple[int, ...]] = Counter()
+    for items in compared.values():
+        total.update(items)
     return {
-        name: Agreement(len(together[name]), krippendorff_alpha(together[name]), fleiss_kappa(together[name]))
-        for name in names
+        name: Agreement(sum(items.values()), alpha_of(items), kappa_of(items))
+        for name, items in {**compared, "total": total}.items()
     }
 
 

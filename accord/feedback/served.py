@@ -8,7 +8,8 @@ from accord.feedback.campaigns import Campaigns
 from accord.feedback.database import DatabaseError
 from accord.feedback.store import FeedbackStore
 from accord.feedback.tables import Candidate
-from accord.images import ImageFolder, decode_image
+from accord.image_store import ImageStore
+from accord.images import decode_image
 
 SERVED = "served"
 """Category and split of images that no run collected."""
@@ -17,7 +18,7 @@ SERVED = "served"
 class ServedImages:
     """What a gateway tells the store, so that a client can send back whether an image was right."""
 
-    def __init__(self, store: FeedbackStore, campaigns: Campaigns, images: ImageFolder) -> None:
+    def __init__(self, store: FeedbackStore, campaigns: Campaigns, images: ImageStore) -> None:
         """All three are the feedback service's; `store` and `campaigns` are of the same database."""
         self._store = store
         self._campaigns = campaigns

@@ -59,7 +59,7 @@ INDIFFERENCE = 0.15
 
 
 class SimulatedPanel:
-    """Panel of the sandbox (accord.evaluation.protocols.Panel)."""
+    """Panel of the sandbox (Panel and KnowsTheTruth of accord.evaluation.protocols)."""
 
     def __init__(self, seed: int = 0, raters: Sequence[Rater] = RATERS) -> None:
         self.seed = seed
@@ -85,6 +85,10 @@ class SimulatedPanel:
             order = self._rng(key, "assignment").permutation(len(self.members))[:judgements_per_image]
             votes.append([self._verdict(self.members[i], good, reading.readable, key) for i in sorted(order)])
         return votes
+
+    def truth(self, images: Sequence[Image], prompts: Sequence[Prompt]) -> list[bool]:
+        """Whether each image fits its prompt: what a rater would say who makes no mistakes."""
+        return [fits(read_image(image), prompt) for image, prompt in zip(images, prompts, strict=True)]
 
     def compare(
         self, question: Question, prompt: Prompt, first: Sequence[Image], second: Sequence[Image], key: str

@@ -152,6 +152,8 @@ class CreateCampaignRequest(_message.Message):
     TITLE_FIELD_NUMBER: _builtins.int
     JUDGEMENTS_PER_ITEM_FIELD_NUMBER: _builtins.int
     COLLECTIONS_FIELD_NUMBER: _builtins.int
+    GOLD_FIELD_NUMBER: _builtins.int
+    COMPARISONS_FIELD_NUMBER: _builtins.int
     campaign_id: _builtins.str
     kind: Global___CampaignKind.ValueType
     title: _builtins.str
@@ -159,6 +161,14 @@ class CreateCampaignRequest(_message.Message):
     @_builtins.property
     def collections(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Alignment only: names of runs whose images are to be judged; empty: all images in the store."""
+
+    @_builtins.property
+    def gold(self) -> _containers.RepeatedCompositeFieldContainer[Global___GoldImage]:
+        """Alignment only: images whose verdict is known, mixed in to measure raters. Besides the judgements wanted."""
+
+    @_builtins.property
+    def comparisons(self) -> _containers.RepeatedCompositeFieldContainer[Global___SetComparison]:
+        """Comparison only, and needed there: what is compared. Raters see the sets blind, sides shuffled."""
 
     def __init__(
         self,
@@ -168,14 +178,76 @@ class CreateCampaignRequest(_message.Message):
         title: _builtins.str = ...,
         judgements_per_item: _builtins.int = ...,
         collections: _abc.Iterable[_builtins.str] | None = ...,
+        gold: _abc.Iterable[Global___GoldImage] | None = ...,
+        comparisons: _abc.Iterable[Global___SetComparison] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign_id", b"campaign_id", "collections", b"collections", "judgements_per_item", b"judgements_per_item", "kind", b"kind", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign_id", b"campaign_id", "collections", b"collections", "comparisons", b"comparisons", "gold", b"gold", "judgements_per_item", b"judgements_per_item", "kind", b"kind", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateCampaignRequest: _TypeAlias = CreateCampaignRequest  # noqa: Y015
+
+@_typing.final
+class GoldImage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """SHA-256 of the PNG; a candidate of this prompt in the store."""
+    prompt: _builtins.str
+    verdict: Global___Verdict.ValueType
+    """GOOD or BAD."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        prompt: _builtins.str = ...,
+        verdict: Global___Verdict.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "prompt", b"prompt", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GoldImage: _TypeAlias = GoldImage  # noqa: Y015
+
+@_typing.final
+class SetComparison(_message.Message):
+    """Two sets of images of one prompt, 1 to 4 each, by the SHA-256 of their PNGs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_FIELD_NUMBER: _builtins.int
+    CATEGORY_FIELD_NUMBER: _builtins.int
+    FIRST_DIGESTS_FIELD_NUMBER: _builtins.int
+    SECOND_DIGESTS_FIELD_NUMBER: _builtins.int
+    prompt: _builtins.str
+    category: _builtins.str
+    """Empty: "comparison"."""
+    @_builtins.property
+    def first_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def second_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        prompt: _builtins.str = ...,
+        category: _builtins.str = ...,
+        first_digests: _abc.Iterable[_builtins.str] | None = ...,
+        second_digests: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["category", b"category", "first_digests", b"first_digests", "prompt", b"prompt", "second_digests", b"second_digests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetComparison: _TypeAlias = SetComparison  # noqa: Y015
 
 @_typing.final
 class CreateCampaignResponse(_message.Message):
@@ -196,6 +268,87 @@ class CreateCampaignResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateCampaignResponse: _TypeAlias = CreateCampaignResponse  # noqa: Y015
+
+@_typing.final
+class CountPreferencesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAMPAIGN_ID_FIELD_NUMBER: _builtins.int
+    campaign_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        campaign_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["campaign_id", b"campaign_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountPreferencesRequest: _TypeAlias = CountPreferencesRequest  # noqa: Y015
+
+@_typing.final
+class PreferenceCount(_message.Message):
+    """How many raters preferred which set of a comparison, for one question."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPARISON_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    CATEGORY_FIELD_NUMBER: _builtins.int
+    QUESTION_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    SECOND_FIELD_NUMBER: _builtins.int
+    TIE_FIELD_NUMBER: _builtins.int
+    comparison: _builtins.int
+    """Which of the campaign's comparisons, from 0."""
+    prompt: _builtins.str
+    category: _builtins.str
+    question: Global___Question.ValueType
+    first: _builtins.int
+    second: _builtins.int
+    tie: _builtins.int
+    def __init__(
+        self,
+        *,
+        comparison: _builtins.int = ...,
+        prompt: _builtins.str = ...,
+        category: _builtins.str = ...,
+        question: Global___Question.ValueType = ...,
+        first: _builtins.int = ...,
+        second: _builtins.int = ...,
+        tie: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["category", b"category", "comparison", b"comparison", "first", b"first", "prompt", b"prompt", "question", b"question", "second", b"second", "tie", b"tie"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreferenceCount: _TypeAlias = PreferenceCount  # noqa: Y015
+
+@_typing.final
+class CountPreferencesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreferenceCount]:
+        """Of the comparisons that were answered."""
+
+    def __init__(
+        self,
+        *,
+        counts: _abc.Iterable[Global___PreferenceCount] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CountPreferencesResponse: _TypeAlias = CountPreferencesResponse  # noqa: Y015
 
 @_typing.final
 class ListCampaignsRequest(_message.Message):

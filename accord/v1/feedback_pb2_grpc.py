@@ -46,6 +46,11 @@ class FeedbackServiceStub:
                 request_serializer=accord_dot_v1_dot_feedback__pb2.ListCampaignsRequest.SerializeToString,
                 response_deserializer=accord_dot_v1_dot_feedback__pb2.ListCampaignsResponse.FromString,
                 _registered_method=True)
+        self.CountPreferences = channel.unary_unary(
+                '/accord.v1.FeedbackService/CountPreferences',
+                request_serializer=accord_dot_v1_dot_feedback__pb2.CountPreferencesRequest.SerializeToString,
+                response_deserializer=accord_dot_v1_dot_feedback__pb2.CountPreferencesResponse.FromString,
+                _registered_method=True)
         self.LeaseTask = channel.unary_unary(
                 '/accord.v1.FeedbackService/LeaseTask',
                 request_serializer=accord_dot_v1_dot_feedback__pb2.LeaseTaskRequest.SerializeToString,
@@ -102,6 +107,13 @@ class FeedbackServiceServicer:
 
     def ListCampaigns(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CountPreferences(self, request, context):
+        """What raters preferred in a comparison campaign, so far, sides put right again.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -173,6 +185,11 @@ def add_FeedbackServiceServicer_to_server(servicer, server):
                     servicer.ListCampaigns,
                     request_deserializer=accord_dot_v1_dot_feedback__pb2.ListCampaignsRequest.FromString,
                     response_serializer=accord_dot_v1_dot_feedback__pb2.ListCampaignsResponse.SerializeToString,
+            ),
+            'CountPreferences': grpc.unary_unary_rpc_method_handler(
+                    servicer.CountPreferences,
+                    request_deserializer=accord_dot_v1_dot_feedback__pb2.CountPreferencesRequest.FromString,
+                    response_serializer=accord_dot_v1_dot_feedback__pb2.CountPreferencesResponse.SerializeToString,
             ),
             'LeaseTask': grpc.unary_unary_rpc_method_handler(
                     servicer.LeaseTask,
@@ -271,6 +288,33 @@ class FeedbackService:
             '/accord.v1.FeedbackService/ListCampaigns',
             accord_dot_v1_dot_feedback__pb2.ListCampaignsRequest.SerializeToString,
             accord_dot_v1_dot_feedback__pb2.ListCampaignsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CountPreferences(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/accord.v1.FeedbackService/CountPreferences',
+            accord_dot_v1_dot_feedback__pb2.CountPreferencesRequest.SerializeToString,
+            accord_dot_v1_dot_feedback__pb2.CountPreferencesResponse.FromString,
             options,
             channel_credentials,
             insecure,

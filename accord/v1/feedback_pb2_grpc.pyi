@@ -38,6 +38,8 @@ class FeedbackServiceStub:
     CreateCampaign: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.CreateCampaignRequest, _feedback_pb2.CreateCampaignResponse]
     """Makes a campaign from images that lie in the store. Needs `feedback`. Again with the same id and content: the same campaign."""
     ListCampaigns: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.ListCampaignsRequest, _feedback_pb2.ListCampaignsResponse]
+    CountPreferences: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.CountPreferencesRequest, _feedback_pb2.CountPreferencesResponse]
+    """What raters preferred in a comparison campaign, so far, sides put right again."""
     LeaseTask: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.LeaseTaskRequest, _feedback_pb2.LeaseTaskResponse]
     """Takes the next task of a campaign for this rater, for the campaign's lease. NOT_FOUND-free: no task left gives none."""
     SubmitAnswer: _grpc.UnaryUnaryMultiCallable[_feedback_pb2.SubmitAnswerRequest, _feedback_pb2.SubmitAnswerResponse]
@@ -64,6 +66,8 @@ class FeedbackServiceAsyncStub(FeedbackServiceStub):
     CreateCampaign: _aio.UnaryUnaryMultiCallable[_feedback_pb2.CreateCampaignRequest, _feedback_pb2.CreateCampaignResponse]  # type: ignore[assignment]
     """Makes a campaign from images that lie in the store. Needs `feedback`. Again with the same id and content: the same campaign."""
     ListCampaigns: _aio.UnaryUnaryMultiCallable[_feedback_pb2.ListCampaignsRequest, _feedback_pb2.ListCampaignsResponse]  # type: ignore[assignment]
+    CountPreferences: _aio.UnaryUnaryMultiCallable[_feedback_pb2.CountPreferencesRequest, _feedback_pb2.CountPreferencesResponse]  # type: ignore[assignment]
+    """What raters preferred in a comparison campaign, so far, sides put right again."""
     LeaseTask: _aio.UnaryUnaryMultiCallable[_feedback_pb2.LeaseTaskRequest, _feedback_pb2.LeaseTaskResponse]  # type: ignore[assignment]
     """Takes the next task of a campaign for this rater, for the campaign's lease. NOT_FOUND-free: no task left gives none."""
     SubmitAnswer: _aio.UnaryUnaryMultiCallable[_feedback_pb2.SubmitAnswerRequest, _feedback_pb2.SubmitAnswerResponse]  # type: ignore[assignment]
@@ -99,6 +103,14 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _feedback_pb2.ListCampaignsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_feedback_pb2.ListCampaignsResponse, _abc.Awaitable[_feedback_pb2.ListCampaignsResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def CountPreferences(
+        self,
+        request: _feedback_pb2.CountPreferencesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feedback_pb2.CountPreferencesResponse, _abc.Awaitable[_feedback_pb2.CountPreferencesResponse]]:
+        """What raters preferred in a comparison campaign, so far, sides put right again."""
 
     @_abc_1.abstractmethod
     def LeaseTask(

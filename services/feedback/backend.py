@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -13,11 +15,13 @@ from accord.errors import ConfigError
 from accord.feedback import Campaign, Campaigns, FeedbackStore, Task
 from accord.feedback.invites import UsedInvites
 from accord.feedback.served import ServedImages
-from accord.images import ImageFolder
+from accord.image_store import ImageStore, open_images
 from accord.tokens import Principal, TokenFile, default_secret_path, default_tokens_path, ensure_first_token
 from services.feedback.config import FeedbackServiceConfig
 from services.feedback.metrics import CampaignNumbers, Metrics
 from services.feedback.signing import ForbiddenError, LinkError, Session, Signer, load_secret
+
+_log = logging.getLogger(__name__)
 
 _SUMMARY_S = 2.0  # how old a campaign's progress on the rating page may be
 
@@ -44,12 +48,7 @@ class Backend:
         self.config = config
         self.signer = Signer(load_secret(config.state_dir))
         self.tokens = _load_tokens(config)
-        self.images = ImageFolder(config.images)
-        if not config.images.is_dir():
-            raise ConfigError(
-                f"there is no image folder {config.images}; name the one that the images lie in, such as "
-                "the folder images of a run (images)"
-            )
+        self.images = _open_images(config.images)
         self.store = FeedbackStore(config.url)
         self.campaigns = Campaigns(config.url)
         self.used_invites = UsedInvites(config.url)
@@ -158,7 +157,7 @@ class Backend:
     def _campaign_numbers(self) -> CampaignNumbers:
         found = {}
         for campaign in self.campaigns.campaigns():
-            progress = self.campaigns.progress(campaign.campaign_id)
+            progress = self.campaigns.progress(campaign.campaign_id, by_prompt=False)
             values: dict[str, float] = {
                 "answers": progress.answers,
                 "answers_wanted": progress.wanted,
@@ -176,6 +175,20 @@ class Backend:
                 values["agreement_alpha"] = agreement.alpha
             found[campaign.campaign_id] = values
         return found
+
+
+def _open_images(where: Path | str) -> ImageStore:
+    """A folder that is not there is made: a service that only records what is served begins without one."""
+    if isinstance(where, Path) and not where.is_dir():
+        try:
+            where.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(
+                f"there is no image folder {where}, and it cannot be made: {error.strerror}; name the one "
+                "that the images lie in, such as the folder images of a run (images)"
+            ) from None
+        _log.warning("there was no image folder %s: it was made, and is empty", where)
+    return open_images(where)
 
 
 def own_key(rater: str, key: str) -> str:

@@ -18,8 +18,8 @@ class FeedbackServiceConfig(Config):
 
     url: str
     """The store's database: sqlite:////path/feedback.db or postgresql://user:password@host/database."""
-    images: Path
-    """The image folder that holds what is judged."""
+    images: Path | str
+    """Where the images are: a folder, or the URL of an object store such as s3://bucket/images."""
     state_dir: Path
     """Where the secret that signs links and sessions is kept; it is made on the first start."""
     tokens: Path | None = None
@@ -48,6 +48,11 @@ class FeedbackServiceConfig(Config):
         """The address that raters use, without a slash at its end."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return self.public_url or f"http://{host}:{self.port}"
+
+    @field_validator("images")
+    @classmethod
+    def _check_images(cls, value: Path | str) -> Path | str:
+        return value if "://" in str(value) else Path(value)
 
     @field_validator("public_url")
     @classmethod

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from accord.feedback import Campaign, Task
+from accord.feedback.campaign_reading import PreferenceCount
 from accord.feedback.campaign_records import StoredJudgement
 from accord.v1 import feedback_pb2 as pb
 from services.feedback.signing import RequestError
@@ -69,6 +70,19 @@ def judgement_message(judgement: StoredJudgement) -> pb.Judgement:
         rater=judgement.rater,
         verdict=VERDICTS[judgement.verdict],
         create_time=_timestamp(judgement.created_at),
+    )
+
+
+def preference_message(count: PreferenceCount) -> pb.PreferenceCount:
+    """What raters preferred of one comparison."""
+    return pb.PreferenceCount(
+        comparison=count.item,
+        prompt=count.prompt,
+        category=count.category,
+        question=QUESTIONS[count.question],
+        first=count.first,
+        second=count.second,
+        tie=count.tie,
     )
 
 

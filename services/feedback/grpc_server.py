@@ -19,11 +19,13 @@ from accord.tokens import Principal
 from accord.v1 import feedback_pb2 as pb
 from accord.v1 import feedback_pb2_grpc
 from services.feedback.backend import Backend
+from services.feedback.campaign_requests import make_campaign
 from services.feedback.config import FeedbackServiceConfig
 from services.feedback.conversions import (
     answer_of,
     campaign_message,
     judgement_message,
+    preference_message,
     task_message,
     verdict_of,
 )
@@ -54,6 +56,9 @@ class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
 
     async def ListCampaigns(self, request: pb.ListCampaignsRequest, context: Any) -> Any:  # noqa: N802
         return await self._unary(context, "feedback", self._list_campaigns, request)
+
+    async def CountPreferences(self, request: pb.CountPreferencesRequest, context: Any) -> Any:  # noqa: N802
+        return await self._unary(context, "feedback", self._count_preferences, request)
 
     async def LeaseTask(self, request: pb.LeaseTaskRequest, context: Any) -> Any:  # noqa: N802
         return await self._unary(context, "rate", self._lease_task, request)
@@ -98,17 +103,7 @@ class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
     def _create_campaign(
         self, request: pb.CreateCampaignRequest, principal: Principal
     ) -> pb.CreateCampaignResponse:
-        if request.kind != pb.CAMPAIGN_KIND_ALIGNMENT:
-            raise RequestError(
-                "only alignment campaigns are made here: this request cannot name the sets that a comparison "
-                "compares; `accord feedback create` makes those"
-            )
-        campaign = self._backend.campaigns.create_alignment(
-            request.campaign_id,
-            request.title,
-            judgements_per_item=request.judgements_per_item,
-            sources=tuple(request.collections),
-        )
+        campaign = make_campaign(self._backend.campaigns, request)
         return pb.CreateCampaignResponse(campaign=campaign_message(campaign))
 
     def _list_campaigns(
@@ -121,6 +116,12 @@ class FeedbackServicer(feedback_pb2_grpc.FeedbackServiceServicer):
         return pb.ListCampaignsResponse(
             campaigns=[campaign_message(campaign) for campaign in page], next_page_token=token
         )
+
+    def _count_preferences(
+        self, request: pb.CountPreferencesRequest, principal: Principal
+    ) -> pb.CountPreferencesResponse:
+        counts = self._backend.campaigns.preferences(request.campaign_id)
+        return pb.CountPreferencesResponse(counts=[preference_message(row) for row in counts])
 
     def _lease_task(self, request: pb.LeaseTaskRequest, principal: Principal) -> pb.LeaseTaskResponse:
         task = self._backend.lease(request.campaign_id, _own_rater(principal, request.rater))

@@ -38,7 +38,10 @@ SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replaces a setting of the file.")
 ]
 UrlOption = Annotated[str | None, typer.Option("--url", help="The store: sqlite:////path or postgresql://…")]
-ImagesOption = Annotated[Path | None, typer.Option("--images", help="The folder of images to judge.")]
+ImagesOption = Annotated[
+    str | None,
+    typer.Option("--images", help="The images to judge: a folder, or s3://bucket/images and the like."),
+]
 StateOption = Annotated[
     Path | None, typer.Option("--state-dir", help="Where the secret that signs links is kept.")
 ]

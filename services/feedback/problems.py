@@ -10,6 +10,7 @@ import grpc
 from accord.errors import AccordError, FeedbackError, ImageError, StorageError
 from accord.feedback import AnsweredError, ExcludedError, LeaseError, NotFoundError
 from accord.feedback.database import DatabaseError
+from accord.image_store import ImageStoreError
 from services.feedback.signing import ForbiddenError, LinkError, RequestError
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ def explain(error: Exception) -> Problem:
             "STORAGE_FULL" if full else "STORE_UNAVAILABLE",
             "the store of judgements takes nothing just now; nothing was stored, try again in a while",
         )
+    if isinstance(error, ImageStoreError):
+        _log.error("%s", error)
+        message = "the images cannot be reached just now; nothing was stored, try again in a while"
+        return Problem(503, grpc.StatusCode.UNAVAILABLE, "IMAGES_UNAVAILABLE", message)
     for kind, status, code, reason in _KINDS:
         if isinstance(error, kind):
             message = "there is no such image" if kind is ImageError else str(error)

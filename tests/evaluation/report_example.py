@@ -210,6 +210,10 @@ def example_summary() -> dict[str, Any]:
                 ("total", 1024, 0.46, 0.501),
             )
         },
+        "labels": {
+            "right": estimate(0.978, 0.009, 1024),
+            "reward": {"label": estimate(0.901, 0.02, 1024), "truth": estimate(0.912, 0.02, 1024)},
+        },
         "agreement": estimate(0.934, 0.015, 1024, kappa=0.87),
         "digests": {
             name: f"{i:x}" * 64 for i, name in enumerate(("base", "clip", "snapshot", "reward", "aligned"), 1)

@@ -96,6 +96,17 @@ def test_says_who_judged_and_how_much_they_agree(html: str) -> None:
     assert "Krippendorff" not in alone
 
 
+def test_says_how_many_labels_are_true_and_what_it_does_to_the_reward(html: str) -> None:
+    text = re.sub(r"\s+", " ", " ".join(Page(html).texts))
+    assert "Of the raters’ labels 97.8% are what raters would say who make no mistakes" in text
+    assert "the reward’s area is 0.901 (" in text
+    assert "by the true ones 0.912 (" in text
+    people = example_summary()
+    people["labels"] = {}  # of people nobody knows
+    unknown = " ".join(Page(build_report(people, example_gallery(), example_run_info())).texts)
+    assert "make no mistakes" not in unknown
+
+
 def test_what_was_served_is_put_in_replaced_and_taken_out_again(html: str) -> None:
     served = example_gallery().served
     assert served is not None

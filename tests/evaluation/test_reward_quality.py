@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from accord.errors import AccordError
-from accord.evaluation.reward_quality import auc_gain, reward_quality, score_quality
+from accord.evaluation.reward_quality import auc_gain, label_quality, reward_quality, score_quality
 from accord.evaluation.statistics import Bootstrap
 
 QUICK = Bootstrap(0, 200)
@@ -54,6 +54,22 @@ def test_a_score_that_only_knows_the_category_is_chance_within_it() -> None:
     assert quality["pairwise_accuracy"]["low"] < 0.5 < quality["pairwise_accuracy"]["high"]
     assert np.isnan(quality["ece"])
     assert quality["reliability"] == []
+
+
+def test_labels_with_mistakes() -> None:
+    rows = labelled()
+    assert label_quality(rows) == label_quality(None) == {}  # of people the truth is not known
+    rows["truth"] = rows["label"]
+    wrong = rows.index % 12 == 0  # a good image in twelve images is called bad
+    rows.loc[wrong, "label"] = 0.0
+    found = label_quality(rows, bootstrap=QUICK)
+    assert found["right"]["value"] == pytest.approx(11 / 12)
+    assert found["right"]["low"] < 11 / 12 < found["right"]["high"]
+    assert found["reward"]["truth"]["value"] == 1.0
+    # Of 50 good and 70 bad ones, 10 have the score of good ones: ties.
+    assert found["reward"]["label"]["value"] == pytest.approx((60 + 10 / 2) / 70)
+    rows["truth"] = np.nan
+    assert label_quality(rows) == {}
 
 
 def test_gain_over_other_scores() -> None:

@@ -51,6 +51,10 @@ def test_a_campaign_from_the_terminal(url: str, tmp_path: Path) -> None:
     assert "2 places are free" in run("exclude", "eve", "--reason", "a robot", url=url).stdout
     assert "excluded: a robot" in run("raters", "c", url=url).stdout
     assert "2 of 4 answers" in run("status", "c", url=url).stdout
+    back = run("include", "eve", "--reason", "it was not her", url=url).stdout
+    assert "eve rates again; 2 answers in campaigns" in back
+    assert "4 of 4 answers" in run("status", "c", url=url).stdout
+    assert "eve was not excluded" in run("include", "eve", "--reason", "again", url=url).stdout
 
 
 def test_gold_and_comparisons(url: str, tmp_path: Path) -> None:

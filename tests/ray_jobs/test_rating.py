@@ -216,9 +216,10 @@ def test_where_there_is_no_browser_none_is_opened(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_service_that_cannot_start_says_why(collected: Path, tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "file").write_text("")
     with (
         pytest.raises(AccordError, match=r"(?s)no image folder.*service\.log"),
-        rating.rating_service(recipe, tmp_path / "run", tmp_path / "nowhere"),
+        rating.rating_service(recipe, tmp_path / "run", tmp_path / "file" / "images"),
     ):
         pass
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from accord.evaluation.protocols import Vote
+from accord.evaluation.protocols import KnowsTheTruth, Panel, Vote
 from accord.prompts import Prompt, load_grammar
 from accord.shapes.raters import RATERS, Rater, SimulatedPanel
 from accord.shapes.scene import Scene, render
@@ -28,6 +28,14 @@ def test_errors_come_at_the_stated_rate(prompt: Prompt) -> None:
     wrong = [votes[0].verdict == "bad" for votes in verdicts(panel, GOOD, prompt, 2_000, 1)]
     # Four standard errors of a share of 0.2 over 2,000 draws.
     assert np.mean(wrong) == pytest.approx(0.2, abs=4 * np.sqrt(0.2 * 0.8 / 2_000))
+
+
+def test_the_truth_is_what_a_rater_says_who_makes_no_mistakes(prompt: Prompt) -> None:
+    panel = SimulatedPanel(0, [Rater(name="careless", error_rate=1.0)])
+    assert isinstance(panel, Panel)
+    assert isinstance(panel, KnowsTheTruth)
+    assert panel.truth([GOOD, BLANK], [prompt, prompt]) == [True, False]
+    assert [votes[0].verdict for votes in panel.judge([GOOD], [prompt], ["key"], 1)] == ["bad"]
 
 
 def test_only_unreadable_images_are_skipped(prompt: Prompt) -> None:

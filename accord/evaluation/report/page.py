@@ -81,6 +81,7 @@ def build_report(summary: Mapping[str, Any], gallery: Gallery, run_info: Mapping
         feedback=tables.feedback(summary),
         raters=tables.raters(summary),
         raters_agree=tables.raters_agree(summary),
+        labels_are_true=tables.labels_are_true(summary),
         agreement=tables.agreement(summary),
         guards_said=str(node(summary, "guards", "decision", "reason") or ""),
         protocol={

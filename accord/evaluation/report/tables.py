@@ -293,6 +293,19 @@ def calibration_note(summary: Mapping[str, Any]) -> str:
     )
 
 
+def labels_are_true(summary: Mapping[str, Any]) -> str:
+    """How many of the raters' labels are true and what it does to the reward's AUC, in words; or empty."""
+    right = estimate(summary, "labels", "right")
+    by_label, by_truth = (estimate(summary, "labels", "reward", name) for name in ("label", "truth"))
+    if right.value is None or by_label.value is None or by_truth.value is None:
+        return ""
+    areas = [f"{fixed(at.value, 3)} ({interval(at, 3, scale=1.0)})" for at in (by_label, by_truth)]
+    return (
+        f"Of the raters’ labels {percent(right.value, 1)}% are what raters would say who make no mistakes. "
+        f"By the raters’ labels the reward’s area is {areas[0]} over all splits, by the true ones {areas[1]}."
+    )
+
+
 def agreement(summary: Mapping[str, Any]) -> str:
     """How often judge and evaluator agree, in words; empty when it was not measured."""
     at, kappa = estimate(summary, "agreement"), number(summary, "agreement", "kappa")

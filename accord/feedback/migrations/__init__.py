@@ -6,7 +6,7 @@ from sqlalchemy import Connection, inspect
 
 from accord.errors import FeedbackError
 
-HEAD = "0003"
+HEAD = "0004"
 _BASELINE = "0001"  # the tables of the versions that made them without migrations
 
 

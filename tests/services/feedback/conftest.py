@@ -20,6 +20,11 @@ from accord.v1 import feedback_pb2_grpc
 from services.feedback.config import FeedbackServiceConfig
 from services.feedback.main import Service
 from services.feedback.signing import Signer, load_secret
+from tests.feedback import conftest as databases
+
+postgres = databases.postgres
+any_database = databases.url
+"""The URL of an empty database: each test that takes it runs on SQLite and on PostgreSQL."""
 
 WAIT_S = 60.0
 IMAGES = 30

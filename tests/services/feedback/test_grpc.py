@@ -112,6 +112,7 @@ def test_tokens_have_raters_of_their_own(service: Running) -> None:
     [
         ("CreateCampaign", pb.CreateCampaignRequest(), "feedback"),
         ("ListCampaigns", pb.ListCampaignsRequest(), "feedback"),
+        ("CountPreferences", pb.CountPreferencesRequest(), "feedback"),
         ("LeaseTask", pb.LeaseTaskRequest(), "rate"),
         ("SubmitAnswer", pb.SubmitAnswerRequest(), "rate"),
         ("UndoAnswer", pb.UndoAnswerRequest(), "rate"),
@@ -186,10 +187,49 @@ def test_every_method_wants_a_token_with_its_scope(
         ("ExportJudgements", pb.ExportJudgementsRequest(campaign_id="none"), "NOT_FOUND", "NOT_FOUND"),
         (
             "CreateCampaign",
-            pb.CreateCampaignRequest(campaign_id="c", title="T", kind=pb.CAMPAIGN_KIND_COMPARISON),
+            pb.CreateCampaignRequest(campaign_id="c", title="T", kind=2, judgements_per_item=1),
             "INVALID_ARGUMENT",
             "INVALID_REQUEST",
         ),
+        (
+            "CreateCampaign",
+            pb.CreateCampaignRequest(
+                campaign_id="c",
+                title="T",
+                kind=2,
+                judgements_per_item=1,
+                gold=[pb.GoldImage()],
+                comparisons=[pb.SetComparison(prompt="p", first_digests=["a"], second_digests=["b"])],
+            ),
+            "INVALID_ARGUMENT",
+            "INVALID_REQUEST",
+        ),
+        (
+            "CreateCampaign",
+            pb.CreateCampaignRequest(
+                campaign_id="c",
+                title="T",
+                kind=1,
+                judgements_per_item=1,
+                comparisons=[pb.SetComparison(prompt="p", first_digests=["a"], second_digests=["b"])],
+            ),
+            "INVALID_ARGUMENT",
+            "INVALID_REQUEST",
+        ),
+        (
+            "CreateCampaign",
+            pb.CreateCampaignRequest(
+                campaign_id="c",
+                title="T",
+                kind=1,
+                judgements_per_item=1,
+                gold=[pb.GoldImage(digest="a", prompt="p", verdict=pb.VERDICT_SKIP)],
+            ),
+            "INVALID_ARGUMENT",
+            "INVALID_REQUEST",
+        ),
+        ("CreateCampaign", pb.CreateCampaignRequest(), "INVALID_ARGUMENT", "INVALID_REQUEST"),
+        ("CountPreferences", pb.CountPreferencesRequest(campaign_id="none"), "NOT_FOUND", "NOT_FOUND"),
         (
             "CreateCampaign",
             pb.CreateCampaignRequest(campaign_id="c", title="T", kind=1, judgements_per_item=26),
