@@ -11,6 +11,7 @@ from accord.diffusion.settings import FinetuneConfig, SamplerConfig
 from accord.errors import ConfigError, PromptError
 from accord.evaluation.config import EvaluateConfig
 from accord.evaluation.plan import draw_prompts
+from accord.guards.settings import JUDGEMENTS
 from accord.prompts import Category, Grammar, PromptPlan, Split, load_grammar
 from accord.registry.settings import RegistryConfig
 from accord.reward.settings import BUILT_IN_SCORERS, RewardConfig, RewardTerm
@@ -193,6 +194,16 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _a_held_out_judge_has_judgements(self) -> Self:
+        guards = self.finetune.guards
+        if guards is not None and guards.held_out == JUDGEMENTS and self.reward.validation_fraction == 0:
+            raise ValueError(
+                "finetune.guards.held_out is judgements: those that reward.validation_fraction keeps from "
+                "the reward, which is 0; set it above 0, or name another judge"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rewards_have_titles_of_their_own(self) -> Self:
         titles = [term.title for term in self.rewards]
         twice = sorted({title for title in titles if titles.count(title) > 1})
@@ -236,6 +247,8 @@ def _check_prompts(recipe: Recipe, grammar: Grammar) -> None:
         "collect.unlabelled": recipe.collect.unlabelled.plan,
         "on_policy.images": recipe.on_policy.images.plan,
     }
+    if recipe.finetune.guards is not None:
+        plans["finetune.guards"] = PromptPlan(per_category=recipe.finetune.guards.prompts)
     for key, plan in plans.items():
         try:
             grammar.sample(plan, recipe.seed)

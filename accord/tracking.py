@@ -93,6 +93,16 @@ def track(
     run._end("FINISHED")
 
 
+def attach(tracking_uri: str, run_id_file: Path | None) -> Run:
+    """The run whose id is in `run_id_file`, to log to beside who began it; one that does nothing without."""
+    if not tracking_uri or run_id_file is None or not run_id_file.exists():
+        return Run()
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    return Run(MlflowClient(tracking_uri=tracking_uri), run_id_file.read_text().strip())
+
+
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """{"a": {"b": 1}} as {"a.b": "1"}: MLflow's parameters are flat texts."""
     flat: dict[str, str] = {}

@@ -16,6 +16,7 @@ import typer
 
 from accord.config import load_object
 from accord.errors import ConfigError
+from accord.guards.settings import JUDGEMENTS
 from accord.recipe import Recipe, load_recipe
 from ray_jobs import cluster, stages
 from ray_jobs.progress import say
@@ -97,8 +98,10 @@ def _check(recipe: Recipe, run_dir: Path) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"{run_dir} is a file; --run-dir names the directory that the run lives in")
     sources = [part.source for part in (recipe.pretraining, recipe.reference) if part is not None]
-    for spec in (recipe.evaluator, recipe.panel, *sources):
-        if spec is not None:
+    guards = recipe.finetune.guards
+    plugs = [] if guards is None else [guards.held_out, *guards.measures.values()]
+    for spec in (recipe.evaluator, recipe.panel, *sources, *plugs):
+        if spec is not None and spec != JUDGEMENTS:
             load_object(spec)
 
 

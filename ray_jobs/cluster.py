@@ -128,14 +128,16 @@ def _init(address: str, **options: Any) -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def has_room(config: RayConfig, trainings: int) -> bool:
-    """Whether that many trainings fit on the cluster at once."""
+def has_room(config: RayConfig, trainings: int, generators: int = 0) -> bool:
+    """Whether that many trainings fit on the cluster at once, with that many actors that generate images."""
     import ray
 
     there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus = max(config.cpus_per_worker, config.threads_per_worker) * config.num_workers
     gpus = config.gpus_per_worker * config.num_workers
-    return trainings * cpus <= there.get("CPU", 0) and trainings * gpus <= there.get("GPU", 0)
+    cpus_wanted = trainings * cpus + generators * config.cpus_per_generator
+    gpus_wanted = trainings * gpus + generators * config.gpus_per_generator
+    return cpus_wanted <= there.get("CPU", 0) and gpus_wanted <= there.get("GPU", 0)
 
 
 def on_device(config: RayConfig, function: Callable[..., T], *arguments: Any) -> T:

@@ -5,6 +5,7 @@ alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from accord.recipe import Recipe
 from ray_jobs import _cli, cluster, collect, inputs, preferences, sources
 from ray_jobs.finetune_data import prepare_data
 from ray_jobs.generation import Source
+from ray_jobs.guards import Guards
 from ray_jobs.score import load_scores, rewards_of
+from ray_jobs.snapshots import Snapshots, unet_of
 from ray_jobs.stages import Stage, is_done, required, timed
 from ray_jobs.train import Tracking, Training, train
 
@@ -46,6 +49,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
                 "objective": "pretraining_only",
                 "pretraining_threshold": None,
                 "pretraining_favourites": False,
+                "guards": None,
                 "steps": recipe.finetune.steps * (1 + recipe.on_policy.rounds),
             }
         ),
@@ -53,6 +57,7 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
     further: dict[str, dict[str, Any]] = {"aligned": {"on_policy": rounds} if rounds else {}, "control": {}}
     if judged is not None:
         further["aligned"]["preferences"] = judged.note
+    further["aligned"] |= _guards_config(recipe)
     stages = {
         name: Stage(name, KIND, config.decisive() | further[name], recipe.seed, digests)
         for name, config in configs.items()
@@ -64,13 +69,26 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
             images = _first_images(recipe, run_dir) if judged is None else judged.images
             more = None if judged is None else judged.tensors
             data = _prepared(recipe, run_dir, base, images, run_dir / "work" / "aligned", more)
-            trainings = [_training(recipe, run_dir, name, configs[name], data, base) for name in missing]
-            checkpoints = train(trainings, run_dir / "train", recipe.ray)
+            guards = None
+            if recipe.finetune.guards is not None and "aligned" in missing:
+                guards = Guards(recipe, run_dir, recipe.finetune.guards)
+            trainings = [
+                _training(recipe, run_dir, name, configs[name], data, base, 1, guards) for name in missing
+            ]
+            checkpoints = train(trainings, run_dir / "train", recipe.ray, guards)
             for name, training, checkpoint in zip(missing, trainings, checkpoints, strict=True):
                 if name == "aligned" and recipe.on_policy.rounds:
-                    training, checkpoint = _further_rounds(recipe, run_dir, stages, training, checkpoint)
+                    training, checkpoint = _further_rounds(
+                        recipe, run_dir, stages, training, checkpoint, guards
+                    )
                 stage = stages[name]
-                _save(training, checkpoint, run_dir / stage.name, stage.inputs, stage.config)
+                if guards is not None and name == "aligned" and guards.decision().tripped:
+                    _save_best(guards, base, run_dir / stage.name, stage)
+                else:
+                    verdict = _verdict(guards) if name == "aligned" else {}
+                    _save(
+                        training, checkpoint, run_dir / stage.name, stage.inputs, {**stage.config, **verdict}
+                    )
     return read_manifest(run_dir / "aligned")
 
 
@@ -105,13 +123,34 @@ def _rounds_config(recipe: Recipe) -> dict[str, Any]:
     return {**recipe.on_policy.model_dump(mode="json"), **collected, "grammar": recipe.grammar}
 
 
+def _guards_config(recipe: Recipe) -> dict[str, Any]:
+    """All that determines which snapshot the guards choose; empty without guards."""
+    if recipe.finetune.guards is None:
+        return {}
+    sampled = recipe.collect.model_dump(mode="json", include={"sampler", "batch_size"})
+    settings = recipe.finetune.guards.model_dump(mode="json")
+    return {"guards": {**settings, **sampled, "grammar": recipe.grammar}}
+
+
+def _verdict(guards: Guards | None) -> dict[str, Any]:
+    """What the guards said, for the manifest."""
+    return {} if guards is None else {"guards_verdict": guards.decision().as_dict()}
+
+
 def _further_rounds(
-    recipe: Recipe, run_dir: Path, stages: Mapping[str, Stage], training: Training, checkpoint: Path
+    recipe: Recipe,
+    run_dir: Path,
+    stages: Mapping[str, Stage],
+    training: Training,
+    checkpoint: Path,
+    guards: Guards | None,
 ) -> tuple[Training, Path]:
     """Each round draws images from the model as it is by then, scores them, and fine-tunes on them; the last
-    round's training and its checkpoint.
+    round's training and its checkpoint. Guards that have stopped a round let no other begin.
     """
     for number in range(2, recipe.on_policy.rounds + 2):
+        if guards is not None and guards.has_stopped():
+            break
         directory = run_dir / "work" / "aligned" / f"round-{number}"
         model = directory / "model"
         if not (model / "manifest.json").exists():
@@ -125,8 +164,8 @@ def _further_rounds(
             images["reward"] = cluster.on_device(recipe.ray, rewards_of, recipe, run_dir, images)
         data = _prepared(recipe, run_dir, source, images, directory)
         name = f"aligned-round-{number}"
-        training = _training(recipe, run_dir, name, recipe.finetune, data, source, number)
-        (checkpoint,) = train([training], run_dir / "train", recipe.ray)
+        training = _training(recipe, run_dir, name, recipe.finetune, data, source, number, guards)
+        (checkpoint,) = train([training], run_dir / "train", recipe.ray, guards)
     return training, checkpoint
 
 
@@ -178,8 +217,12 @@ def _training(
     data: Path,
     model: Source,
     number: int = 1,
+    guards: Guards | None = None,
 ) -> Training:
     """`number` is that of the round: each draws random numbers of its own."""
+    snapshots: Snapshots | None = None
+    if guards is not None and name != "control":
+        snapshots = guards.snapshots(name, (number - 1) * config.steps, str(model.directory))
     drawn = int(np.random.SeedSequence([recipe.seed, number]).generate_state(1)[0]) >> 1
     seed = recipe.seed if number == 1 else drawn
     return Training(
@@ -188,7 +231,7 @@ def _training(
         arguments={
             "model": str(model.directory),
             "data": str(data),
-            "config": config.model_dump(mode="json"),
+            "config": config.model_dump(mode="json", exclude={"guards"}),
             "seed": seed,
         },
         steps=config.steps,
@@ -204,6 +247,7 @@ def _training(
             params={**config.model_dump(mode="json"), "seed": seed},
             tags={"stage": name, "model": model.digest, "scores": required(run_dir, "scores").digest},
         ),
+        snapshots=snapshots,
     )
 
 
@@ -223,6 +267,18 @@ def _save(
     model = load_diffusion_model(arguments["model"])
     put_trained(model.unet, checkpoint, model.digest, FinetuneConfig(**arguments["config"]))
     save_diffusion_model(model, directory, inputs=digests, config=config, seed=arguments["seed"])
+
+
+def _save_best(guards: Guards, base: Source, directory: Path, stage: Stage) -> None:
+    """The snapshot that the guards keep; the base model itself when no snapshot was better."""
+    from accord.diffusion.model import load_diffusion_model, save_diffusion_model
+
+    model = load_diffusion_model(base.directory)
+    best = guards.best()
+    if best is not None:
+        model = replace(model, unet=unet_of(best))
+    config = {**stage.config, **_verdict(guards)}
+    save_diffusion_model(model, directory, inputs=stage.inputs, config=config, seed=stage.seed)
 
 
 if __name__ == "__main__":

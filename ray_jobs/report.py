@@ -15,7 +15,7 @@ from accord.evaluation.report import BestOfCard, Gallery, PairCard, RankedImage,
 from accord.evaluation.summary import build_summary
 from accord.feedback.snapshot import load_snapshot, snapshot_distribution, snapshot_raters
 from accord.recipe import Recipe
-from ray_jobs import _cli, evaluate, inputs, latency, stages
+from ray_jobs import _cli, evaluate, guards, inputs, latency, stages
 from ray_jobs.progress import console, say
 
 PAIRS_PER_CELL = 1  # of each split and category
@@ -49,6 +49,8 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
             latency=latency.read(run_dir),
             feature_name=inputs.make_evaluator(recipe).feature_name,
         )
+        if recipe.finetune.guards is not None:
+            summary["guards"] = guards.summary(run_dir, recipe.finetune.guards)
         stages.write_json(run_dir / "summary.json", summary)
         gallery = make_gallery(tables[evaluate.MEASUREMENTS], run_dir)
         write_file(run_dir / "report.html", build_report(summary, gallery, _run_info(recipe)))

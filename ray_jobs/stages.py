@@ -112,7 +112,7 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "judge": ("snapshot",),
     "learn_reward": ("reward", "reward_no_auxiliary"),
     "score": ("scores",),
-    "finetune": ("pretraining", "aligned", "control"),
+    "finetune": ("pretraining", "aligned", "control", "guards"),
     "evaluate": ("reference", "evaluation"),
     "report": (),
 }

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from accord.artifacts import write_file
 from accord.config import load_object
@@ -26,6 +26,7 @@ from accord.errors import AccordError
 from ray_jobs import checkpoints, cluster
 from ray_jobs.checkpoints import BackgroundWriter, Learner
 from ray_jobs.progress import Bar, bar, bars
+from ray_jobs.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from accord.recipe import RayConfig
@@ -63,9 +64,23 @@ class Training:
     checkpoint_every: int
     title: str
     tracking: Tracking = Tracking()
+    snapshots: Snapshots | None = None
+    """Left for a Watch, which may end the training before its last step."""
 
 
-def train(trainings: Sequence[Training], storage: Path, config: RayConfig) -> list[Path]:
+class Watch(Protocol):
+    """What looks at a training's snapshots while it goes on (ray_jobs.guards)."""
+
+    def poll(self) -> None:
+        """Called several times a second; must not wait. Without Ray: after each snapshot, and may."""
+
+    def finish(self) -> None:
+        """Called when the trainings have ended: looks at what is left."""
+
+
+def train(
+    trainings: Sequence[Training], storage: Path, config: RayConfig, watch: Watch | None = None
+) -> list[Path]:
     """Trains each to its last step, from its newest checkpoint in `storage`/NAME; the paths of the final
     checkpoints.
 
@@ -73,12 +88,14 @@ def train(trainings: Sequence[Training], storage: Path, config: RayConfig) -> li
     from every node. Raises the AccordError of a worker as itself.
     """
     if config.local:
-        return [_train_here(training, storage.resolve() / training.name, config) for training in trainings]
+        return [
+            _train_here(training, storage.resolve() / training.name, config, watch) for training in trainings
+        ]
     cluster.ensure(config)
     with bars() as progress:
         runs = [_Run(training, storage.resolve() / training.name, config) for training in trainings]
         shown = [progress.add(run.training.title, run.training.steps, "steps") for run in runs]
-        together = len(runs) > 1 and cluster.has_room(config, len(runs))
+        together = len(runs) > 1 and cluster.has_room(config, len(runs), generators=watch is not None)
         for group in [runs] if together else [[run] for run in runs]:
             for run in group:
                 run.start()
@@ -86,12 +103,16 @@ def train(trainings: Sequence[Training], storage: Path, config: RayConfig) -> li
                 for run in group:
                     run.join(POLL_S / len(group))
                     _show(run.directory, shown[runs.index(run)])
+                if watch is not None:
+                    watch.poll()
             for run in group:
                 run.result()
+    if watch is not None:
+        watch.finish()
     return [run.result() for run in runs]
 
 
-def _train_here(training: Training, directory: Path, config: RayConfig) -> Path:
+def _train_here(training: Training, directory: Path, config: RayConfig, watch: Watch | None) -> Path:
     """One training in this process, from its newest checkpoint; the path of the final one."""
     import torch
 
@@ -107,19 +128,27 @@ def _train_here(training: Training, directory: Path, config: RayConfig) -> Path:
         _tracker(asdict(training), directory) as run,
         BackgroundWriter() as background,
     ):
-        while learner.step_index < training.steps:
+        ended = _stopped(training.snapshots)
+        while learner.step_index < training.steps and not ended:
             metrics = learner.step()
             step = learner.step_index
-            if step % training.log_every == 0 or step == training.steps:
-                values = _values(learner, metrics, last=step == training.steps)
+            last = step == training.steps
+            if training.snapshots is not None and watch is not None and (training.snapshots.at(step) or last):
+                training.snapshots.take(learner, step, last=last)
+                watch.poll()
+                last = ended = last or _stopped(training.snapshots)
+            if step % training.log_every == 0 or last:
+                values = _values(learner, metrics, last=last)
                 progress.update(step, _loss_note(values.get("loss")))
                 run.log(step, **values)
-            if step % training.checkpoint_every == 0 or step == training.steps:
+            if step % training.checkpoint_every == 0 or last:
                 write = checkpoints.writer_of(learner, 0, copy=waits)
                 assert write is not None
                 store = functools.partial(_store, write, directory, step)
                 background.write(store) if waits else store()
-    return checkpoints.path_of(directory, training.steps)
+    if watch is not None and training.snapshots is not None:
+        watch.finish()
+    return checkpoints.path_of(directory, learner.step_index)
 
 
 def _store(write: checkpoints.Write, directory: Path, step: int) -> None:
@@ -151,6 +180,8 @@ class _Run(threading.Thread):
         if isinstance(self.outcome.return_value, AccordError):
             raise self.outcome.return_value
         path = checkpoints.path_of(self.directory, self.training.steps)
+        if _stopped(self.training.snapshots):  # before its last step
+            path = next(iter(checkpoints.newest_first(self.directory)), path)
         assert path.exists(), f"{self.directory}: training ended without a checkpoint"
         checkpoints.prune(self.directory)
         return path
@@ -230,11 +261,17 @@ def _loop(learner: Learner, training: dict[str, Any], report: _Reporter, run: An
 
     last = training["steps"]
     exported = TrainingMetrics(training) if report.rank == 0 else None
+    snapshots = Snapshots(**training["snapshots"]) if training["snapshots"] else None
     _note_progress(report.directory, learner.step_index, {}, report.rank)
     while learner.step_index < last:
         metrics = learner.step()
         step = learner.step_index
         is_logged = step % training["log_every"] == 0 or step == last
+        if snapshots is not None:
+            if snapshots.at(step) or step == last:
+                snapshots.take(learner, step, last=step == last)
+            if (is_logged or snapshots.at(step)) and snapshots.must_all_stop(report.rank):
+                last, is_logged = step, True
         if report.rank == 0 and is_logged:
             values = _values(learner, metrics, last=step == last)
             _note_progress(report.directory, step, values, report.rank)
@@ -295,6 +332,10 @@ class _Reporter:
         news = ray.train.get_preemption_info()
         before, self._leaving = self._leaving, frozenset(news.preempted_node_ids if news else ())
         return bool(self._leaving - before)
+
+
+def _stopped(snapshots: Snapshots | None) -> bool:
+    return snapshots is not None and snapshots.must_stop()
 
 
 def _values(learner: Learner, metrics: Mapping[str, Any], *, last: bool) -> dict[str, float]:

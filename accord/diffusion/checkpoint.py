@@ -121,6 +121,17 @@ def put_trained(unet: nn.Module, directory: str | Path, model_digest: str, confi
         raise ArtifactError(f"{directory}: the checkpoint does not fit this UNet: {error}") from error
 
 
+def trained(finetuner: Finetuner) -> dict[str, Tensor] | None:
+    """The trained tensors by name as put_weights takes them, averaged where there is an average, in memory of
+    their own; None on all workers but the first. Where weights are sharded all workers must call it."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in zip(finetuner.names, finetuner.average or finetuner.parameters, strict=True):
+        whole = sharding.gathered(tensor)
+        if finetuner.rank == 0:
+            found[name] = whole.detach().cpu().clone()
+    return found if finetuner.rank == 0 else None
+
+
 def _state(finetuner: Finetuner) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in zip(finetuner.names, finetuner.parameters, strict=True):
         yield f"unet.{name}", parameter

@@ -179,6 +179,11 @@ class Finetuner:
         call it."""
         return checkpoint.snapshot(self, copy=copy)
 
+    def trained(self) -> dict[str, Tensor] | None:
+        """The averaged trained tensors by name, for trainable.put_weights. None on all workers but the first;
+        where weights are sharded, all must call it."""
+        return checkpoint.trained(self)
+
     def save(self, directory: str | Path) -> Manifest:
         """Weights, average, optimiser state and step: all or nothing. Call it on the first worker; where
         weights are sharded use `snapshot`.

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from accord.config import Config
+from accord.guards.settings import GuardsConfig
 
 Parameters = Literal["full", "lora"]
 Sharding = Literal["none", "fsdp"]
@@ -24,6 +25,7 @@ Objective = Literal[
 # Of FinetuneConfig: what may change between two legs of a run, say after it ran out of memory.
 FREE_KEYS = frozenset(
     {
+        "guards",
         "log_every",
         "checkpoint_every",
         "gradient_accumulation",
@@ -186,6 +188,8 @@ class FinetuneConfig(Config):
     that do not fit one GPU. none: each holds all of it (DDP)."""
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
+    guards: GuardsConfig | None = None
+    """What watches the training for reward hacking, and ends it; null: nothing does."""
 
     @property
     def is_preference(self) -> bool:

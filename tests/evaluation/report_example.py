@@ -169,6 +169,19 @@ def example_summary() -> dict[str, Any]:
             "bootstrap_resamples": 1000,
             "seed": 0,
         },
+        "guards": {
+            "decision": {
+                "tripped": True,
+                "step": 100,
+                "best_step": 50,
+                "reason": "from step 50 to step 100 the held-out reward fell by 0.100",
+            },
+            "measures": {
+                "held_out": [[0, 0.5], [50, 0.6], [100, 0.5]],
+                "reward": [[0, 0.4], [50, 0.5], [100, 0.6]],
+                "too_many_objects": [[0, 0.1], [50, None], [100, 0.3]],
+            },
+        },
         "readable": {m: estimate(v, 0.03, 432) for m, v in zip(MODELS, (0.914, 0.921, 0.902), strict=True)},
         "frontier": frontier,
         "guidance": {"base": 3.0, "control": 3.0, "aligned": 2.0},

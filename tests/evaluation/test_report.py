@@ -28,6 +28,7 @@ from accord.evaluation.report import (
     results_table,
     tables,
 )
+from accord.evaluation.report.guards import guard_plots
 from accord.evaluation.report.numbers import DASH, Estimate
 from accord.evaluation.summary import build_summary, compute_verdict
 from tests.evaluation.report_example import draw, example_gallery, example_run_info, example_summary
@@ -42,6 +43,7 @@ HEADINGS = [
     "Best of many",
     "Served over gRPC",
     "Alignment against fidelity",
+    "While it was fine-tuned",
     "Success by split and category",
     "What the raters prefer",
     "Does the reward know?",
@@ -240,7 +242,11 @@ def test_one_missing_number_is_a_dash_among_the_others() -> None:
 def test_reports_a_real_summary() -> None:
     summary = build_summary(**comparison())
     html = build_report(summary, EMPTY, {"name": "made up"})
-    assert [h for h in HEADINGS if f"<h2>{h}</h2>" not in html] == ["Before and after", "Served over gRPC"]
+    assert [h for h in HEADINGS if f"<h2>{h}</h2>" not in html] == [
+        "Before and after",
+        "Served over gRPC",
+        "While it was fine-tuned",
+    ]
     assert summary["verdict"][0] in Page(html).texts
     assert len(re.findall(r'class="plot"', html)) >= 8
     gain = numbers.points(numbers.estimate(summary, "gain", "aligned", "seen", "overall"))
@@ -299,6 +305,7 @@ def all_plots(summary: dict[str, Any]) -> dict[str, str]:
         **{f"success {split}": plots.success_panel(summary, split) for split in splits},
         **{f"calibration {split}": plots.calibration(summary, split) for split in splits},
         **{f"ranking {metric}": plots.ranking(summary, metric) for metric in ("auc", "pairwise_accuracy")},
+        **guard_plots(summary),
     }
 
 
@@ -313,6 +320,15 @@ def test_plots_are_well_formed_and_take_their_colours_from_the_page() -> None:
 def test_plots_of_nothing_are_empty() -> None:
     assert set(all_plots({}).values()) == {""}
     assert set(all_plots(nulled(example_summary())).values()) == {""}
+
+
+def test_guards_are_drawn_only_where_they_measured() -> None:
+    summary = example_summary()
+    assert list(guard_plots(summary)) == ["Training reward", "Held-out judge", "Too many objects"]
+    assert "stroke-dasharray" in guard_plots(summary)["Held-out judge"]
+    summary["guards"]["decision"]["tripped"] = False
+    assert "stroke-dasharray" not in guard_plots(summary)["Held-out judge"]
+    assert guard_plots({}) == {}
 
 
 def test_a_higher_success_stands_further_right() -> None:

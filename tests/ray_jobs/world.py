@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from numpy.typing import NDArray
 
 from accord.captions import CaptionedImage
 from accord.evaluation.protocols import Measurement, Vote
+from accord.guards.measures import saturation
 from accord.prompts import load_grammar
 
 SIZE = 64
@@ -133,3 +135,31 @@ def write_recipe(directory: Path, model: Path, clip: Path) -> Path:
     path = directory / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def greenness() -> Any:
+    """A held-out judge: how green an image is."""
+    return lambda images_BHWC, prompts: np.asarray(images_BHWC, dtype=float)[..., 1].mean(axis=(1, 2)) / 255
+
+
+def faithfulness() -> Any:
+    """A held-out judge that likes an image the less, the more it differs from the first that it saw there."""
+    first: list[NDArray[np.uint8]] = []
+
+    def judge(images_BHWC: NDArray[np.uint8], prompts: Sequence[str]) -> NDArray[np.float64]:
+        first.append(images_BHWC)
+        gap = np.abs(images_BHWC.astype(float) - first[0].astype(float))
+        return np.asarray(-gap.mean(axis=(1, 2, 3)) / 255)
+
+    return judge
+
+
+class Saturated:
+    """A scorer that loves saturation."""
+
+    def score(self, images: Sequence[NDArray[np.uint8]], prompts: Sequence[str]) -> torch.Tensor:
+        return torch.from_numpy(saturation(np.stack(list(images))))
+
+
+def saturated() -> Saturated:
+    return Saturated()

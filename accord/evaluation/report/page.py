@@ -16,7 +16,8 @@ from markupsafe import Markup
 from accord.errors import ArtifactError
 from accord.evaluation.report import plots, tables
 from accord.evaluation.report.gallery import BestOfCard, Gallery, PairCard, Served
-from accord.evaluation.report.numbers import DASH, finite, fixed, number, percent
+from accord.evaluation.report.guards import guard_plots
+from accord.evaluation.report.numbers import DASH, finite, fixed, node, number, percent
 from accord.evaluation.report.svg import MODELS, SCORERS
 from accord.evaluation.report.words import QUESTIONS, SPLITS
 from accord.evaluation.verdict import compute_verdict
@@ -82,6 +83,7 @@ def build_report(summary: Mapping[str, Any], gallery: Gallery, run_info: Mapping
         raters_agree=tables.raters_agree(summary),
         labels_are_true=tables.labels_are_true(summary),
         agreement=tables.agreement(summary),
+        guards_said=str(node(summary, "guards", "decision", "reason") or ""),
         protocol={
             key: fixed(number(summary, "protocol", key), 0)
             for key in ("raters", "quorum", "images_per_prompt")
@@ -143,6 +145,7 @@ def _plots(summary: Mapping[str, Any]) -> dict[str, Any]:
         "ranking": {metric: Markup(plots.ranking(summary, metric)) for metric in metrics},
         "calibration": {split: Markup(plots.calibration(summary, split)) for split in SPLITS},
         "votes": {question: Markup(plots.votes(summary, question)) for question in QUESTIONS},
+        "guards": {label: Markup(svg) for label, svg in guard_plots(summary).items()},
     }
 
 
