@@ -176,7 +176,7 @@ def _our_steps(recipe: Recipe, run_dir: Path, steps: int) -> dict[str, float]:
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(steps):
         tuner.step()
-    samples = steps * (tuner.num_model + tuner.num_pretraining)
+    samples = steps * (tuner.batches.num_model + tuner.batches.num_pretraining)
     return {
         "samples": samples,
         "cpu_s": time.process_time() - cpu,

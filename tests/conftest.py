@@ -42,6 +42,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("accord")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2 --dist loadgroup`: all that starts Ray is one process's, one directory's tests are another's."""
+    modules = {item.path for item in items if item.get_closest_marker("cluster")}
+    for item in items:
+        group = "cluster" if item.path in modules else item.path.relative_to(ROOT / "tests").parts[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         missing("there is no CUDA device", lane="gpu")
