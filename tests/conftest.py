@@ -44,7 +44,7 @@ hypothesis.settings.load_profile("accord")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`: all that starts Ray is one process's, one directory's tests are another's."""
+    """For `-n 2 --dist loadgroup`: what starts Ray goes to one process; a directory stays together."""
     modules = {item.path for item in items if item.get_closest_marker("cluster")}
     for item in items:
         group = "cluster" if item.path in modules else item.path.relative_to(ROOT / "tests").parts[0]
