@@ -177,7 +177,7 @@ def test_overload_is_refused_early_and_shared_fairly(deployment: Deployment) -> 
     refusals: list[float] = []
     errors: list[grpc.RpcError] = []
     served = {"all": 0, "other": 0}
-    # Whoever comes first, alone, may have everything, and keeps it until it is drawn: shares are counted after.
+    # Whoever comes first may have everything, and keeps it until it is drawn: shares are counted later.
     fair = time.monotonic() + 20
     stop = fair + 40
 
