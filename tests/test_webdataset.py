@@ -85,9 +85,7 @@ def test_wrong_shards_are_told_at_once(tmp_path: Path, folder: Path) -> None:
         shards(13, 0, path=str(folder))
     with pytest.raises(ConfigError, match="no folder that has one"):
         shards(1, 0, path=str(tmp_path / "missing"))
-    with pytest.raises(
-        ConfigError, match=r"key '0000': there is no caption among png, txt, cls; expected json"
-    ):
+    with pytest.raises(ConfigError, match="no caption among png, txt, cls; expected json"):
         shards(1, 0, path=str(folder), caption_key="alt")
     whole = (folder / "00000.tar").read_bytes()
     for length in (1400, 3072):  # within a header; behind a whole sample

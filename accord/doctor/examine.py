@@ -131,8 +131,8 @@ class _Examination:
         }
         if self.mapped:
             self.notes.append(
-                f"{in_words(self.mapped)} of latents and texts are read from files while training: put the run "
-                "on a fast local disk; memory beyond the above keeps what was read"
+                f"{in_words(self.mapped)} of latents and texts are read from files while training: put the "
+                "run on a fast local disk; memory beyond the above keeps what was read"
             )
         self.speed = self._speed()
 

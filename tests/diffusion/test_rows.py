@@ -81,7 +81,7 @@ def test_rows_that_are_missing_damaged_or_of_another_size(tmp_path: Path) -> Non
     with pytest.raises(ArtifactError, match="is no whole safetensors file"):
         open_rows(files, "x")
     files[0].unlink()
-    with pytest.raises(ArtifactError, match="there is no file .* start again"):
+    with pytest.raises(ArtifactError, match=r"there is no file .* start again"):
         open_rows(files, "x")
 
 
@@ -139,7 +139,7 @@ def test_png_files_are_encoded_as_their_pixels_are(tiny_model: DiffusionModel) -
     assert encode_pngs(tiny_model, files, batch_size=2).shape == (3, 4, 8, 8)
     uneven = [encode_png(images[0]), encode_png(images[1][:32])]
     for batch_size in (1, 2):
-        with pytest.raises(ImageError, match="64 x 32 pixels, others have 64 x 64; .* option size"):
+        with pytest.raises(ImageError, match=r"64 x 32 pixels, others have 64 x 64; .* option size"):
             encode_pngs(tiny_model, uneven, batch_size=batch_size)
     states = encode_texts(tiny_model, ["red star"], dtype=torch.bfloat16)["states"]
     assert torch.equal(states, encode_texts(tiny_model, ["red star"])["states"].bfloat16())

@@ -16,7 +16,7 @@ from accord.diffusion.rows import MappedRows
 from accord.diffusion.settings import FinetuneConfig
 from accord.errors import PromptError
 from accord.images import decode_image, encode_png
-from accord.recipe import Recipe, load_recipe
+from accord.recipe import RayConfig, Recipe, load_recipe
 from accord.reward.features import ClipEncoder
 from accord.reward.head import RewardHead
 from accord.reward.model import RewardModel
@@ -167,14 +167,18 @@ def test_only_the_pieces_that_are_missing_are_made(
 
 
 def test_ray_data_makes_the_same_pieces(
-    tiny_recipe: Recipe, scored: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Recipe,
+    scored: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ray_cluster: RayConfig,
 ) -> None:
     run_dir = tmp_path / "run"
     monkeypatch.setattr(finetune_data, "PIECE", 64)
     pieces = finetune_data._pieces(tiny_recipe, "d" * 64, run_dir, list(scored["image"]), 130, ["red star"])
     flat = [piece for group in pieces.values() for piece in group]
     arguments = {"model": str(tiny_recipe.model), "run_dir": str(run_dir)}
-    rows = sorted(_run_on_actors(tiny_recipe.ray, flat, arguments))
+    rows = sorted(_run_on_actors(ray_cluster, flat, arguments))
     assert rows == [1, 1, 2, 6, 64, 64, 64]
     here = _Encoder(**arguments)
     for piece in flat:
