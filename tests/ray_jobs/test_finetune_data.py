@@ -166,6 +166,7 @@ def test_only_the_pieces_that_are_missing_are_made(
     assert made == []
 
 
+@pytest.mark.cluster
 def test_ray_data_makes_the_same_pieces(
     tiny_recipe: Recipe,
     scored: pd.DataFrame,
