@@ -2,7 +2,8 @@
 
 A *source* is a function that a recipe names as "module:function", called as
 `source(count, seed, **options) -> Iterator[CaptionedImage]`. The same arguments give the same images in the
-same order. Two ship here: `image_folder` and `parquet`. Bring your own by writing such a function.
+same order. Two ship here: `image_folder` and `parquet`; another is
+`accord.webdataset:shards`. Bring your own by writing such a function.
 
 Legend: H height and W width in pixels, C the three channels red, green, blue.
 """
@@ -22,7 +23,7 @@ from PIL import Image
 
 from accord.artifacts import Manifest, artifact_writer, read_manifest, verify
 from accord.config import Config, load_object, resolve_path
-from accord.errors import ConfigError, ImageError
+from accord.errors import ArtifactError, ConfigError, ImageError
 from accord.images import Pixels, decode_image, encode_png
 from accord.tables import read_table
 
@@ -87,12 +88,12 @@ def image_folder(
         ImageError: on the way, naming the file that is no image.
     """
     folder = resolve_path(path)
-    _check_request(count, size)
+    check_request(count, size)
     if not folder.is_dir():
         raise ConfigError(f"there is no image folder {folder}")
     from_metadata = (folder / _METADATA_NAME).is_file()
     entries = _from_metadata(folder, caption_key) if from_metadata else _from_text_files(folder)
-    _check_count(count, len(entries), str(folder))
+    check_count(count, len(entries), str(folder))
     order = np.random.default_rng(seed).permutation(len(entries))[:count]
     return (_load(entries[index], size) for index in order)
 
@@ -125,13 +126,13 @@ def parquet(
         ImageError: on the way, naming the file and row (from 0) that is no image.
     """
     root = resolve_path(path)
-    _check_request(count, size)
+    check_request(count, size)
     groups = [
         group
         for file in _parquet_files(root)
         for group in _row_groups(file, _parquet_columns(file, image_column, caption_column))
     ]
-    _check_count(count, sum(group.rows for group in groups), str(root))
+    check_count(count, sum(group.rows for group in groups), str(root))
     return _rows_of(groups, count, seed, size)
 
 
@@ -174,6 +175,46 @@ def read_captioned(directory: str | Path) -> tuple[list[bytes], list[str]]:
     verify(directory, CAPTIONED_KIND)
     table = read_table(Path(directory) / CAPTIONED_NAME, _SCHEMA)
     return table["image"].to_pylist(), table["caption"].to_pylist()
+
+
+def read_captions(directory: str | Path) -> list[str]:
+    """The captions alone of what `write_captioned` wrote, whose images may be more than memory holds.
+
+    Raises:
+        ArtifactError: it is missing, was changed, or is something else.
+    """
+    verify(directory, CAPTIONED_KIND)
+    with _open_captioned(directory) as file:
+        captions: list[str] = file.read(columns=["caption"])["caption"].to_pylist()
+    return captions
+
+
+def each_png(directory: str | Path, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    """The PNG files `start` to `stop` (not included; None: the last too) of what `write_captioned` wrote, of
+    which a few hundred are in memory at a time. They are not checked against the manifest.
+
+    Raises:
+        ArtifactError: the file is missing, or is something else.
+    """
+    with _open_captioned(directory) as file:
+        first = 0
+        for group in range(file.metadata.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            wanted = slice(max(start - first, 0), rows if stop is None else max(stop - first, 0))
+            if wanted.start < min(wanted.stop, rows):
+                yield from file.read_row_group(group, columns=["image"])["image"][wanted].to_pylist()
+            first += rows
+
+
+def _open_captioned(directory: str | Path) -> pq.ParquetFile:
+    path = Path(directory) / CAPTIONED_NAME
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ArtifactError(f"{path} is no Parquet file: {error}") from None
+    if not file.schema_arrow.equals(_SCHEMA):
+        raise ArtifactError(f"{path} has the columns {file.schema_arrow.names}; expected {_SCHEMA.names}")
+    return file
 
 
 def resize_and_crop(image_HWC: Pixels, size: int) -> Pixels:
@@ -227,7 +268,7 @@ def _from_metadata(folder: Path, caption_key: str) -> list[_Entry]:
             if key not in row:
                 raise ConfigError(f"{where}: there is no {key!r}; the keys are {', '.join(map(repr, row))}")
         entries.append(
-            _Entry(_inside(folder, row["file_name"], where), _check_caption(row[caption_key], where), where)
+            _Entry(_inside(folder, row["file_name"], where), check_caption(row[caption_key], where), where)
         )
     return entries
 
@@ -243,7 +284,7 @@ def _from_text_files(folder: Path) -> list[_Entry]:
     entries = []
     for image in images:
         path = image.with_suffix(".txt")
-        entries.append(_Entry(image, _check_caption(_read_text(path).strip(), str(path)), str(path)))
+        entries.append(_Entry(image, check_caption(_read_text(path).strip(), str(path)), str(path)))
     return entries
 
 
@@ -273,7 +314,7 @@ def _load(entry: _Entry, size: int | None) -> CaptionedImage:
         data = entry.path.read_bytes()
     except OSError as error:
         raise ImageError(f"{entry.where}: cannot read {entry.path}: {error.strerror}") from None
-    return CaptionedImage(_decode(data, f"{entry.path} ({entry.where})", size), entry.caption)
+    return CaptionedImage(decode_to(data, f"{entry.path} ({entry.where})", size), entry.caption)
 
 
 def _parquet_files(root: Path) -> list[Path]:
@@ -337,8 +378,8 @@ def _read_rows(group: _RowGroup, rows: list[int], size: int | None) -> Iterator[
             data = data["bytes"]
         if data is None:
             raise ImageError(f"{where}: there are no image bytes in {image_column!r}")
-        text = _check_caption(caption.as_py(), where)
-        yield CaptionedImage(_decode(data, where, size), text)
+        text = check_caption(caption.as_py(), where)
+        yield CaptionedImage(decode_to(data, where, size), text)
 
 
 def _open_parquet(file: Path) -> pq.ParquetFile:
@@ -354,7 +395,7 @@ def _encoded(source: Iterable[CaptionedImage]) -> Iterator[dict[str, object]]:
             raise ConfigError(
                 f"image {number} of the source is a {type(item).__name__}; expected CaptionedImage"
             )
-        caption = _check_caption(item.caption, f"image {number} of the source")
+        caption = check_caption(item.caption, f"image {number} of the source")
         try:
             data = encode_png(item.image)
         except ImageError as error:
@@ -362,7 +403,7 @@ def _encoded(source: Iterable[CaptionedImage]) -> Iterator[dict[str, object]]:
         yield {"image": data, "caption": caption}
 
 
-def _decode(data: bytes, where: str, size: int | None) -> Pixels:
+def decode_to(data: bytes, where: str, size: int | None) -> Pixels:
     try:
         image_HWC = decode_image(data)
     except ImageError as error:
@@ -370,21 +411,21 @@ def _decode(data: bytes, where: str, size: int | None) -> Pixels:
     return image_HWC if size is None else resize_and_crop(image_HWC, size)
 
 
-def _check_request(count: int, size: int | None) -> None:
+def check_request(count: int, size: int | None) -> None:
     if count < 1:
         raise ConfigError(f"count is {count}; expected at least 1 image")
     if size is not None and size < 1:
         raise ConfigError(f"size is {size}; expected a number of pixels, or none to keep each image's size")
 
 
-def _check_count(count: int, found: int, where: str) -> None:
+def check_count(count: int, found: int, where: str) -> None:
     if found < count:
         raise ConfigError(
             f"{count} images are asked of {where}, which has {found}; lower count or add images"
         )
 
 
-def _check_caption(caption: object, where: str) -> str:
+def check_caption(caption: object, where: str) -> str:
     if not isinstance(caption, str) or not caption.strip():
         raise ConfigError(f"{where}: the caption is {caption!r}; expected text")
     return caption

@@ -27,7 +27,8 @@ import typer
 
 from accord.artifacts import load_tensors
 from accord.config import resolve_path
-from accord.diffusion.finetune import FinetuneData, Finetuner
+from accord.diffusion.finetune import Finetuner
+from accord.diffusion.finetune_data import load_data
 from accord.diffusion.model import load_diffusion_model
 from accord.errors import AccordError
 from accord.feedback.snapshot import load_snapshot
@@ -168,7 +169,7 @@ def speed(
 
 
 def _our_steps(recipe: Recipe, run_dir: Path, steps: int) -> dict[str, float]:
-    data = FinetuneData(**load_tensors(run_dir / "work" / "aligned" / "data.safetensors"))
+    data = load_data(run_dir / "work" / "aligned" / "data.safetensors")
     model = load_diffusion_model(resolve_path(recipe.model))
     tuner = Finetuner(model, data, recipe.finetune, recipe.seed)
     for _ in range(3):

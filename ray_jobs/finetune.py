@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from accord.artifacts import Manifest, load_tensors, read_manifest
+from accord.artifacts import Manifest, read_manifest
 from accord.diffusion.settings import FinetuneConfig
 from accord.errors import FeedbackError
 from accord.recipe import Recipe
@@ -180,8 +180,7 @@ def _prepared(
     """DIRECTORY/data.safetensors with `more` fields, made unless it is there."""
     data = directory / "data.safetensors"
     if not data.exists():
-        arguments = (recipe, str(model.directory), run_dir, images, data, dict(more or {}))
-        cluster.on_device(recipe.ray, prepare_data, *arguments)
+        prepare_data(recipe, model, run_dir, images, data, dict(more or {}))
     return data
 
 
@@ -197,11 +196,12 @@ def build_learner(
     seed: int,
 ) -> Any:
     """A Finetuner on a worker."""
-    from accord.diffusion.finetune import FinetuneData, Finetuner
+    from accord.diffusion.finetune import Finetuner
+    from accord.diffusion.finetune_data import load_data
     from accord.diffusion.model import load_diffusion_model
     from accord.diffusion.sharding import shard
 
-    loaded = FinetuneData(**load_tensors(data))
+    loaded = load_data(data)
     settings = FinetuneConfig(**config)
     base = load_diffusion_model(model, device=device)
     if wrap is not None and settings.sharding == "fsdp":

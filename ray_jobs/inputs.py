@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from accord.recipe import Recipe
 from ray_jobs.generation import Source
 
 IMAGES = "images"
+T = TypeVar("T")
 _CHECKPOINT_SCHEME = "open_clip:"
 
 
@@ -65,6 +67,13 @@ def batches(items: Sequence[Any], size: int) -> Iterator[Any]:
     """Slices of at most `size`."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of at most `size` of what comes one by one."""
+    waiting = iter(items)
+    while part := list(itertools.islice(waiting, size)):
+        yield part
 
 
 def load_images(folder: ImageFolder, digests: Sequence[str]) -> NDArray[np.uint8]:

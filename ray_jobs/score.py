@@ -8,7 +8,7 @@ images of later rounds, and those that best-of-N ranks, are rated by the same me
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ def score_images(
 
 
 def score_captioned(
-    recipe: Recipe, run_dir: Path, files: Sequence[bytes], captions: Sequence[str], *, favourites: bool
+    recipe: Recipe, run_dir: Path, files: Iterable[bytes], captions: Sequence[str], *, favourites: bool
 ) -> list[float]:
     """The reward of each image (a PNG file, which need not be of the run) for its own caption.
 
@@ -204,7 +204,7 @@ def score_captioned(
     place = {text: row for row, text in enumerate(dict.fromkeys(chain(*texts.values())))}
     text_KD = encoder.text_features(list(place))
     rewards: list[float] = []
-    for part, own in zip(inputs.batches(files, _BATCH), inputs.batches(captions, _BATCH), strict=True):
+    for part, own in zip(inputs.chunks(files, _BATCH), inputs.batches(captions, _BATCH), strict=True):
         image_BD = encoder.image_features([decode_image(file) for file in part])
         for image_D, caption in zip(image_BD, own, strict=True):
             rows = [place[text] for text in texts[caption]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from accord.artifacts import Manifest, read_manifest
-from accord.captions import CAPTIONED_KIND, open_source, read_captioned, write_captioned
+from accord.captions import CAPTIONED_KIND, open_source, read_captioned, read_captions, write_captioned
 from accord.errors import ConfigError
 from accord.recipe import Recipe
 from ray_jobs.stages import Stage, is_done, timed
@@ -34,6 +34,11 @@ def run(recipe: Recipe, run_dir: Path, name: Name) -> Manifest:
 def read(run_dir: Path, name: Name) -> tuple[list[bytes], list[str]]:
     """The PNG files and the captions of NAME/."""
     return read_captioned(run_dir / name)
+
+
+def captions(run_dir: Path, name: Name) -> list[str]:
+    """The captions alone of NAME/, whose images may be more than memory holds."""
+    return read_captions(run_dir / name)
 
 
 def _seed(seed: int, name: str) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from accord.diffusion.finetune_data import FinetuneData, check_data, check_preferences
 from accord.diffusion.model import DiffusionModel
 from accord.diffusion.objectives import add_noise, denoising_target, prompt_advantages, reward_weights
+from accord.diffusion.rows import MappedRows
 from accord.diffusion.settings import FinetuneConfig
 from accord.errors import FeedbackError
 from accord.training import generator_for
@@ -198,7 +199,7 @@ class Batches:
             texts[name] = torch.where(dropped_B.view(-1, *[1] * (chosen.ndim - 1)), self.empty[name], chosen)
         return texts
 
-    def _take(self, tensor: Tensor, index: Tensor) -> Tensor:
+    def _take(self, tensor: Tensor | MappedRows, index: Tensor) -> Tensor:
         return self._put(tensor[index.to(tensor.device, non_blocking=True)])
 
     def _put(self, tensor: Tensor) -> Tensor:
@@ -207,11 +208,16 @@ class Batches:
         return tensor.to(self.device, non_blocking=True)
 
 
-def _near(conditioning: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def _near(
+    conditioning: dict[str, Tensor | MappedRows], device: torch.device
+) -> dict[str, Tensor | MappedRows]:
     """On the device when they are small enough to lie there for good; else a step's are sent to it."""
     if sum(tensor.nbytes for tensor in conditioning.values()) > NEAR_BYTES:
         return conditioning
-    return {name: tensor.to(device, torch.float32) for name, tensor in conditioning.items()}
+    return {
+        name: rows if isinstance(rows, MappedRows) else rows.to(device, torch.float32)
+        for name, rows in conditioning.items()
+    }
 
 
 def _choose(population: int, count: int, generator: torch.Generator) -> Tensor:

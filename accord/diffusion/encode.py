@@ -5,7 +5,8 @@ Shapes: K prompts, T text tokens, D text width, B images, C channels, H W height
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from accord.diffusion.conditioning import encode_conditioning
 from accord.diffusion.model import DiffusionModel, vae_batch
 from accord.errors import ImageError
+from accord.images import decode_image
 
 
 def encode_prompts(model: DiffusionModel, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
@@ -54,3 +56,42 @@ def encode_images(model: DiffusionModel, images_BHWC: np.ndarray[Any, Any], batc
     if not latents:
         return torch.zeros(0, model.latent_channels, shape[1] // factor, shape[2] // factor)
     return torch.cat(latents)
+
+
+def encode_pngs(model: DiffusionModel, files: Iterable[bytes], batch_size: int = 64) -> Tensor:
+    """`encode_images` of image files, of whose pixels a batch is in memory at a time.
+
+    Raises ImageError when they are not all of one size, or for what the VAE makes no numbers of.
+    """
+    parts: list[Tensor] = []
+    size = None
+    waiting = iter(files)
+    while batch := list(itertools.islice(waiting, batch_size)):
+        images = [decode_image(file) for file in batch]
+        size = images[0].shape if size is None else size
+        for image_HWC in images:
+            if image_HWC.shape != size:
+                raise ImageError(
+                    f"an image has {image_HWC.shape[1]} x {image_HWC.shape[0]} pixels, others have {size[1]} "
+                    f"x {size[0]}; fine-tuning needs one size: give the source the option size"
+                )
+        parts.append(encode_images(model, np.stack(images), batch_size))
+    return _finite(torch.cat(parts), "images")
+
+
+def encode_texts(
+    model: DiffusionModel, texts: Sequence[str], *, negative: bool = False, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """`encode_conditioning` on the CPU, to be kept in `dtype`.
+
+    In bfloat16 it is what a network that computes in bfloat16 rounds its texts to anyway.
+    """
+    encoded = encode_conditioning(model, texts, negative=negative)
+    return {name: _finite(rows.cpu(), "prompts").to(dtype) for name, rows in encoded.items()}
+
+
+def _finite(rows: Tensor, what: str) -> Tensor:
+    """Checked as they are made: what is mapped is not read through before it is used."""
+    if not bool(torch.isfinite(rows).all()):
+        raise ImageError(f"the model encodes {what} to NaN or infinity: its weights are damaged")
+    return rows

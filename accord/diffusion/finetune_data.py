@@ -7,39 +7,50 @@ text.
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from accord.artifacts import sha256_bytes
+from accord.artifacts import load_tensors, save_tensors, sha256_bytes
 from accord.diffusion.model import DiffusionModel
+from accord.diffusion.rows import HELD_BYTES, MappedRows, open_rows
 from accord.errors import ConfigError, FeedbackError
+
+PARTS = "parts"
+"""Of the file's metadata: which fields are in other files."""
 
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """Everything encoded once (encode.py), on any device, latents in any float type."""
+    """Everything encoded once (encode.py), on any device, latents and texts in any float type; what is large
+    may be mapped from files."""
 
-    latents_NCHW: Tensor
+    latents_NCHW: Tensor | MappedRows
     text_index_N: Tensor  # rows of text_KTD
     reward_N: Tensor
-    pretraining_latents_MCHW: Tensor
+    pretraining_latents_MCHW: Tensor | MappedRows
     pretraining_text_index_M: Tensor
     pretraining_reward_M: Tensor  # of each image for its caption; read only if a threshold asks for it
-    text_KTD: Tensor
+    text_KTD: Tensor | MappedRows
     empty_text_TD: Tensor  # of the empty prompt, for condition dropout: what guidance leads away from
-    pooled_KP: Tensor | None = None  # of SDXL only, as the next
+    pooled_KP: Tensor | MappedRows | None = None  # of SDXL only, as the next
     empty_pooled_P: Tensor | None = None
     label_N: Tensor = field(default_factory=lambda: torch.zeros(0))
     """For diffusion_kto: what people said: above 0 is good, below 0 bad, 0 undecided; and how sure it is."""
     pair_Q2: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.long))
     """For diffusion_dpo: places of a chosen and a rejected image of the same prompt."""
 
-    def conditioning(self) -> dict[str, Tensor]:
+    def conditioning(self) -> dict[str, Tensor | MappedRows]:
         """What the prompts mean, by name (conditioning.py), one row a prompt."""
-        return {"states": self.text_KTD} | ({} if self.pooled_KP is None else {"pooled": self.pooled_KP})
+        pooled = {} if self.pooled_KP is None else {"pooled": self.pooled_KP}
+        return {"states": self.text_KTD, **pooled}
 
     def empty(self) -> dict[str, Tensor]:
         """The same of no prompt, without a dimension of prompts."""
@@ -62,6 +73,35 @@ class FinetuneData:
         return sha256_bytes(" ".join(parts).encode())
 
 
+def save_data(
+    path: Path, tensors: Mapping[str, Tensor], parts: Mapping[str, tuple[str, Sequence[Path]]]
+) -> None:
+    """FinetuneData as safetensors: fields as they are, and `parts`: of others, the name in which files they
+    lie, in pieces one after the other. Files are named relative to `path`, so that a run can be copied.
+
+    Raises StorageError when the disk is full.
+    """
+    listed = {
+        field: [name, *(os.path.relpath(file, path.parent) for file in files)]
+        for field, (name, files) in parts.items()
+    }
+    save_tensors(path, tensors, {PARTS: json.dumps(listed)})
+
+
+def load_data(path: str | Path, held_bytes: int = HELD_BYTES) -> FinetuneData:
+    """What `save_data` wrote; a field of more than `held_bytes` stays in its files, mapped.
+
+    Raises ArtifactError when a file is missing or damaged.
+    """
+    path = Path(path)
+    fields: dict[str, Any] = dict(load_tensors(path))
+    with safe_open(path, framework="pt", device="cpu") as file:
+        listed = json.loads((file.metadata() or {}).get(PARTS, "{}"))
+    for field_name, (name, *files) in listed.items():
+        fields[field_name] = open_rows([path.parent / file for file in files], name, held_bytes)
+    return FinetuneData(**fields)
+
+
 def check_data(
     model: DiffusionModel, data: FinetuneData, num_model: int, num_pretraining: int, world_size: int
 ) -> None:
@@ -81,7 +121,7 @@ def check_data(
         raise ConfigError(
             f"a batch of {num_model} + {num_pretraining} images is too small for {world_size} workers"
         )
-    used: list[tuple[str, Tensor, Tensor]] = []
+    used: list[tuple[str, Tensor | MappedRows, Tensor]] = []
     if num_model:
         used.append(("generated", data.latents_NCHW, data.text_index_N))
         if len(data.reward_N) != len(data.latents_NCHW) or not bool(torch.isfinite(data.reward_N).all()):

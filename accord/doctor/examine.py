@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accord.diffusion.batches import NEAR_BYTES
+from accord.diffusion.rows import HELD_BYTES
 from accord.diffusion.settings import EngineConfig
 from accord.doctor import machine, memory
 from accord.doctor.memory import Model, Need
 from accord.doctor.missing import clip_weights, missing_parts
-from accord.doctor.report import Report, StageMemory, StageTime
+from accord.doctor.report import Report, StageMemory, StageTime, in_words
 from accord.doctor.simulate import Rows
 from accord.doctor.sizes import find_model
 from accord.evaluation.plan import draw_prompts
@@ -23,6 +24,8 @@ CUDA_BYTES = 10**9
 """What CUDA and its libraries take of a GPU: stated, not measured here."""
 PNG_SHARE = 0.6
 """Bytes of a PNG over those of its pixels: what photographs take. Simpler pictures take less."""
+PIECE = 1024
+"""Latents or texts that are encoded into one file, and in memory until then (ray_jobs.finetune_data)."""
 CHECKPOINTS = 3
 """Kept by a training: two, and the one that is being written."""
 
@@ -88,10 +91,21 @@ class _Examination:
         self.on_gpu = bool(self.gpus or assumed.gpu_memory_bytes)
         sampler, config = recipe.collect.sampler, recipe.finetune
         height, width = memory.size_of(model, sampler)
-        texts = self.counts.texts * model.text_bytes()
-        self.held = self.counts.latents * model.latent_bytes(height, width) + texts
+        text_bytes = model.text_bytes(2 if config.precision == "bfloat16" else memory.FLOAT)
+        latent_bytes = model.latent_bytes(height, width)
+        texts = self.counts.texts * text_bytes
+        images = self.counts.latents - recipe.pretraining.count, recipe.pretraining.count
+        latents = [count * latent_bytes for count in images]
+        self.encoded = sum(latents) + texts
+        # What is larger is mapped from files: the system lets go of it where memory is short.
+        self.held = sum(size for size in (*latents, texts) if size <= HELD_BYTES)
+        self.mapped = self.encoded - self.held
+        # In float32 while it is made, and in the type that it is kept in.
+        piece_texts = min(PIECE, self.counts.texts) * (model.text_bytes() + text_bytes)
+        self.piece = max(piece_texts, 2 * min(PIECE, max(images)) * latent_bytes)
         train_on_gpu = recipe.ray.gpus_per_worker > 0
-        held = self.held if not train_on_gpu else texts if texts <= NEAR_BYTES else 0
+        near = self.counts.texts * model.text_bytes() if texts <= NEAR_BYTES else 0  # there in float32
+        held = near if train_on_gpu else self.held
         engine = assumed.engine
         self.serve_device = assumed.engine_device or ("cuda" if recipe.ray.gpus_per_generator > 0 else "cpu")
         default = "bfloat16" if self.serve_device == "cuda" else "float32"
@@ -103,7 +117,7 @@ class _Examination:
             "learn": memory.learn(
                 self.runtime, clip.bytes, clip.width, self.counts.labelled, self.counts.texts
             ),
-            "encode": memory.encode(model, self.runtime, height, width, 0 if train_on_gpu else held),
+            "encode": memory.encode(model, self.runtime, height, width, 0 if train_on_gpu else self.piece),
             "finetune": memory.finetune(
                 model,
                 self.runtime,
@@ -115,6 +129,11 @@ class _Examination:
             ),
             "serve": memory.serve(model, self.runtime, engine, dtype, height, width, models=2),
         }
+        if self.mapped:
+            self.notes.append(
+                f"{in_words(self.mapped)} of latents and texts are read from files while training: put the "
+                "run on a fast local disk; memory beyond the above keeps what was read"
+            )
         self.speed = self._speed()
 
     @property
@@ -146,7 +165,8 @@ class _Examination:
             on_device = {**need.parts, "runtime": CUDA_BYTES}
             yield StageMemory(stage, "GPU", math.floor(1 / min(share, 1.0)), on_device, self._gpu())
             if stage in ("encode", "finetune"):
-                beside = {"runtime": self.runtime, "weights": self.model.weights(), "cached data": self.held}
+                data = self.piece if stage == "encode" else self.held
+                beside = {"runtime": self.runtime, "weights": self.model.weights(), "cached data": data}
                 yield StageMemory(f"{stage}, beside the GPU", "host", 1, beside, self._host())
 
     def disk(self) -> dict[str, int]:
@@ -162,8 +182,7 @@ class _Examination:
         return {
             "generated images": (counts.generated + counts.evaluated) * png,
             "images of the sources": counts.sources * png,
-            "latents and texts": counts.latents * model.latent_bytes(self.height, self.width)
-            + counts.texts * model.text_bytes(),
+            "latents and texts": self.encoded,
             "checkpoints": trainings * CHECKPOINTS * states * trained,
             "models": (trainings + self.recipe.on_policy.rounds) * model.weights(),
         }
@@ -185,7 +204,11 @@ class _Examination:
                 counts.labelled * needs["learn"].flops,
                 1,
             ),
-            "encode": (f"{counts.latents} images", counts.latents * needs["encode"].flops, 1),
+            "encode": (
+                f"{counts.latents} images",
+                counts.latents * needs["encode"].flops,
+                ray.num_workers if self._uses_gpu() else 1,
+            ),
             "finetune": (
                 f"{steps} steps of {memory.per_worker(config, 1)} images",
                 steps * needs["finetune"].flops * ray.num_workers,

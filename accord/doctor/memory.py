@@ -65,10 +65,10 @@ class Model:
         channels = int(self.architecture["unet"]["in_channels"])
         return channels * (height // self.cell) * (width // self.cell) * FLOAT
 
-    def text_bytes(self) -> int:
-        """Of one prompt's conditioning, in float32."""
+    def text_bytes(self, number: int = FLOAT) -> int:
+        """Of one prompt's conditioning, with `number` bytes each number."""
         pooled = int(self.architecture["text_encoder_2"]["projection_dim"]) if self.is_xl else 0
-        return (TOKENS * int(self.architecture["unet"]["cross_attention_dim"]) + pooled) * FLOAT
+        return (TOKENS * int(self.architecture["unet"]["cross_attention_dim"]) + pooled) * number
 
     def weights(self, dtype: torch.dtype = torch.float32) -> int:
         """Of all networks."""
@@ -120,7 +120,8 @@ def generate(
 
 
 def encode(model: Model, runtime: int, height: int, width: int, held: int) -> Need:
-    """Images to latents before fine-tuning; `held`: bytes of all latents and texts. Flops of one image."""
+    """Images to latents before fine-tuning; `held`: bytes of latents and texts that are on their way
+    to a file. Flops of one image."""
     images = vae_batch(64, height, width)
     cost = simulate.vae_pass(model.architecture, Rows(images, height, width), torch.float32, encode=True)
     return Need(

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from accord.artifacts import load_tensors, read_manifest
+from accord.diffusion.finetune_data import load_data
 from accord.errors import ConfigError, FeedbackError
 from accord.feedback.comparisons import Compared
 from accord.feedback.lineage import affected_by
@@ -48,9 +49,9 @@ def test_kto_learns_from_the_labels_of_the_snapshot(scored: Path, tmp_path: Path
     assert good + bad == 16
     assert manifest.config["preferences"] == {"from": "labels", "good": good, "bad": bad}
     assert manifest.inputs["snapshot"] == read_manifest(tmp_path / "run" / "snapshot").digest
-    data = load_tensors(tmp_path / "run" / "work" / "aligned" / "data.safetensors")
-    assert sorted(data["label_N"].tolist()) == [-1.0] * bad + [1.0] * good
-    assert len(data["latents_NCHW"]) == 16, "and not those that only the reward has scored"
+    data = load_data(tmp_path / "run" / "work" / "aligned" / "data.safetensors")
+    assert sorted(data.label_N.tolist()) == [-1.0] * bad + [1.0] * good
+    assert len(data.latents_NCHW) == 16, "and not those that only the reward has scored"
     affected = affected_by("rater 0", tmp_path / "run").affected
     assert "aligned" in {item.path.name for item in affected}
 
