@@ -36,7 +36,7 @@ def exclude(connection: Connection, rater: str, reason: str, now_ms: int) -> Non
 
 
 def withdraw(connection: Connection, rater: str, limit: int = 500) -> int:
-    """Gives back places of a rater who was excluded, some at a time; how many. None once he was taken back."""
+    """Gives back places of a rater who was excluded, some at a time; how many. 0 once he was taken back."""
     _lock_seats(connection, rater)
     if not _is_excluded(connection, rater):
         return 0

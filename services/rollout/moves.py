@@ -129,7 +129,7 @@ class Mover:
                 return alias, 0.0
         alias = f"{version.name}-{version.version}"
         if table.models.get(alias, version.directory) != version.directory:
-            # Of another registry, or a directory that has moved: what is served by this name stays what it is.
+            # Of another registry, or a directory that has moved: what this name serves stays what it is.
             alias = f"{alias}-{version.digest[:12]}"
         self._say(f"Loading {version} from {version.directory}")
         self._serving.write(configs.with_model(version.kind, alias, version.directory))

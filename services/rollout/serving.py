@@ -80,7 +80,9 @@ class UserConfigs:
         table = self.table(kind)
         canary = GatewayUserConfig.model_validate(self.gateway).canary
         kept = keep | {table.default} | ({canary.model} if canary else set())
-        old = {one for one in table.models if re.fullmatch(rf"{re.escape(name)}-\d+(-[0-9a-f]{{12}})?", one)} - kept
+        old = {
+            one for one in table.models if re.fullmatch(rf"{re.escape(name)}-\d+(-[0-9a-f]{{12}})?", one)
+        } - kept
         models = {alias: place for alias, place in table.models.items() if alias not in old}
         return self._with_table(kind, table.model_copy(update={"models": models}))
 
