@@ -1,6 +1,7 @@
 """Where images are kept by digest: in a folder, or in an object store."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +14,8 @@ from accord.images import PNG_SIGNATURE, ImageFolder, Pixels, check_digest, deco
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
+# An AWS secret may hold a slash: whatever stands before the last @ is not shown.
+_SECRET = re.compile(r"(?<=://)([^@:]*):.*@", re.DOTALL)
 _EXAMPLES = "a folder, s3://bucket/images, gs://bucket/images or file:///folder"
 
 
@@ -56,18 +59,18 @@ def open_images(where: str | Path) -> ImageStore:
         return ImageFolder(where)
     from pyarrow.fs import FileSystem, LocalFileSystem
 
-    problem = ""
+    shown, problem = redact_url(_SECRET.sub(r"\1:***@", where)), ""
     try:
         files, root = FileSystem.from_uri(where)
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors too
-        problem = " ".join(str(error).replace(where, redact_url(where)).split())
+        problem = " ".join(str(error).replace(where, shown).split())
+    if not problem and not root.strip("/"):
+        problem = "it names no bucket"
     if problem:
-        raise ConfigError(
-            f"the images at {redact_url(where)} cannot be opened: {problem}; expected {_EXAMPLES}"
-        )
+        raise ConfigError(f"the images at {shown} cannot be opened: {problem}; expected {_EXAMPLES}")
     if isinstance(files, LocalFileSystem):
         return ImageFolder(root)
-    return ImageBucket(files, root, redact_url(where))
+    return ImageBucket(files, root, shown)
 
 
 class ImageBucket:

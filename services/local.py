@@ -158,7 +158,8 @@ def _start_ray(config: ServeConfig, public: bool, dashboard_port: int) -> str:
         log_to_driver=False,
         logging_level=logging.ERROR,
         runtime_env=hook,
-        _node_ip_address="127.0.0.1",  # its own ports ask for no token: not for others, --public or not
+        # Ray puts the machine's own address in its place, except on macOS and Windows: see docs/serve.md.
+        _node_ip_address="127.0.0.1",
     )
     node = ray.nodes()[0]  # type: ignore[no-untyped-call]
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

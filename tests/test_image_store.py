@@ -51,6 +51,23 @@ def test_what_is_not_there_or_is_damaged(bucket: ImageBucket, png: bytes) -> Non
     assert bucket.get(digest) == png
 
 
+@pytest.mark.parametrize("options", ["?region=eu-central-1", "?foo=1"])
+@pytest.mark.parametrize("secret", ["abcSECRET", "abc/SECRET"])
+def test_a_secret_in_a_url_is_not_shown(secret: str, options: str) -> None:
+    url = f"s3://AKIA1:{secret}@bucket/images{options}"
+    try:
+        shown = repr(open_images(url))
+    except ConfigError as error:
+        shown = str(error)
+    assert "SECRET" not in shown
+    assert "AKIA1:***@bucket/images" in shown
+
+
+def test_a_url_without_a_bucket() -> None:
+    with pytest.raises(ConfigError, match="s3:// cannot be opened: it names no bucket"):
+        open_images("s3://")
+
+
 def test_folders_and_urls(tmp_path: Path, png: bytes) -> None:
     folder = open_images(tmp_path / "images")
     assert isinstance(folder, ImageFolder)

@@ -284,12 +284,17 @@ class Campaigns:
         check_text("exclusion", "reason", reason)
         if rater not in self.excluded():
             return None
-        restored, looked_at, now_ms = 0, 1, self._now_ms()
-        while looked_at:
+        restored, now_ms = 0, self._now_ms()
+        while True:
             looked_at, part = self._database.write(lambda now: exclusion.restore(now, rater, now_ms))
             restored += part
-        ended = self._database.write(lambda now: exclusion.include(now, rater, reason, now_ms))
-        return restored if ended else None
+            if looked_at:
+                continue
+            try:
+                ended = self._database.write(lambda now: exclusion.include(now, rater, reason, now_ms))
+            except exclusion.PlacesLeftError:
+                continue
+            return restored if ended else None
 
     def excluded(self) -> dict[str, str]:
         """The excluded raters, and why."""

@@ -120,7 +120,8 @@ def store_compared(connection: Connection, campaign_id: str, title: str, items: 
         "judgements_per_item": max(len(said) for said in grouped.values()),
     }  # fmt: skip
     digest = digest_of(items)
-    store_campaign(connection, settings, {"imported": digest}, lambda _: _tasks(grouped))
+    # The title is no part of what it is: a file that was renamed holds the same answers.
+    store_campaign(connection, settings, {"imported": digest, "title": ""}, lambda _: _tasks(grouped))
     number = connection.execute(
         select(campaigns.c.number).where(campaigns.c.campaign_id == campaign_id)
     ).scalar_one()

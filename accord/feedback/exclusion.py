@@ -21,6 +21,10 @@ from accord.feedback.campaign_tables import (
 from accord.feedback.counting import standing
 
 
+class PlacesLeftError(Exception):
+    """Places of a rater are still given back."""
+
+
 def exclude(connection: Connection, rater: str, reason: str, now_ms: int) -> None:
     """From now on he is excluded; the first reason stays."""
     _lock_seats(connection, rater)
@@ -32,8 +36,10 @@ def exclude(connection: Connection, rater: str, reason: str, now_ms: int) -> Non
 
 
 def withdraw(connection: Connection, rater: str, limit: int = 500) -> int:
-    """Gives back places of a rater who was excluded, some at a time; how many."""
+    """Gives back places of a rater who was excluded, some at a time; how many. 0 once he was taken back."""
     _lock_seats(connection, rater)
+    if not _is_excluded(connection, rater):
+        return 0
     mine = and_(places.c.rater == rater, or_(places.c.state == "leased", places.c.state == "answered"))
     query = select(places.c.task).where(mine).order_by(places.c.task).limit(limit)
     found = connection.execute(query).scalars().all()
@@ -53,6 +59,8 @@ def withdraw(connection: Connection, rater: str, limit: int = 500) -> int:
 def restore(connection: Connection, rater: str, now_ms: int, limit: int = 500) -> tuple[int, int]:
     """Gives an excluded rater places again, some at a time: how many were looked at, and how many are his."""
     _lock_seats(connection, rater)
+    if not _is_excluded(connection, rater):
+        return 0, 0
     withdrawn = and_(places.c.rater == rater, places.c.state == "withdrawn")
     query = select(places.c.id, places.c.task).where(withdrawn).order_by(places.c.task).limit(limit)
     found = connection.execute(query).all()
@@ -75,10 +83,17 @@ def restore(connection: Connection, rater: str, now_ms: int, limit: int = 500) -
 
 
 def include(connection: Connection, rater: str, reason: str, now_ms: int) -> bool:
-    """Ends an exclusion, after `restore` found nothing more; False when he was not excluded."""
+    """Ends an exclusion; False when he was not excluded.
+
+    Raises:
+        PlacesLeftError: `restore` has not looked at all of his places: somebody gave some back meanwhile.
+    """
     _lock_seats(connection, rater)
     if not _is_excluded(connection, rater):
         return False
+    withdrawn = select(places.c.id).where(places.c.rater == rater, places.c.state == "withdrawn").limit(1)
+    if connection.execute(withdrawn).first() is not None:
+        raise PlacesLeftError
     connection.execute(delete(exclusions).where(exclusions.c.rater == rater))
     row = {"rater": rater, "kind": "include", "reason": reason, "created_at": moment(now_ms)}
     connection.execute(insert(exclusion_events).values(row))

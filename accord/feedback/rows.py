@@ -44,7 +44,7 @@ def read_rows(
             yield from _array_rows(path)
         else:
             yield from _csv_rows(path, required)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException, csv.Error) as error:
         raise FeedbackError(f"{path} cannot be read as {kind}: {error}") from None
 
 

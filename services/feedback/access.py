@@ -12,6 +12,7 @@ from services.feedback.signing import ForbiddenError, LinkError, RequestError, S
 
 RATER_COOKIE = "accord_rater"
 OPERATOR_COOKIE = "accord_operator"
+DOOR_COOKIE = "accord_door"  # of a browser that looks at a link; it lets nobody in
 
 _MAX_BODY_BYTES = 64 * 1024
 
@@ -56,6 +57,14 @@ def rater_session(request: Request) -> Session:
 def operator_session(request: Request) -> Session:
     """The operator's session, to read with."""
     return session_of(request, "operator", OPERATOR_COOKIE)
+
+
+def session_or_none(request: Request, kind: str, cookie: str) -> Session | None:
+    """As `session_of`; None in place of an error."""
+    try:
+        return session_of(request, kind, cookie)
+    except LinkError:
+        return None
 
 
 def any_session(request: Request) -> Session:

@@ -18,6 +18,7 @@ from accord.config import Config
 from accord.errors import AccordError
 from accord.feedback import NotFoundError, Task
 from services.feedback.access import (
+    DOOR_COOKIE,
     RATER_COOKIE,
     AnySession,
     ChangingRater,
@@ -27,12 +28,12 @@ from services.feedback.access import (
     RaterSession,
     check_csrf,
     check_site,
-    rater_session,
+    session_or_none,
 )
 from services.feedback.backend import Backend
 from services.feedback.operator_page import add_operator_page
 from services.feedback.problems import Problem, explain
-from services.feedback.signing import ForbiddenError, LinkError, RequestError, Session
+from services.feedback.signing import ForbiddenError, RequestError, Session
 from services.feedback.views import PAGES, door, page, set_session, templates
 
 _STATIC = {
@@ -137,23 +138,27 @@ def _add_session(app: FastAPI) -> None:
             "It works with the keyboard alone, or with a thumb. You can stop at any time, and go on later in "
             "this browser.",
         )
-        return door(request, "invite", campaign.title, *lines, token=token)
+        response = door(request, "invite", campaign.title, *lines, token=token)
+        session = backend.stand_at_door(invite, session_or_none(request, "door", DOOR_COOKIE))
+        ticket = backend.signer.write_session("door", session)
+        set_session(response, request, DOOR_COOKIE, ticket, session, samesite="lax")
+        return response
 
     @app.post("/invite")
     def enter(request: Request, backend: Parts, form: Form) -> Response:
         check_site(request)
+        current = session_or_none(request, "rater", RATER_COOKIE)
         try:
-            current = rater_session(request)
-        except LinkError:
-            current = None
-        try:
-            session = backend.open_invite(form.get("token", ""), current)
+            session = backend.open_invite(
+                form.get("token", ""), current, session_or_none(request, "door", DOOR_COOKIE)
+            )
         except ForbiddenError as error:
             assert current is not None
             csrf = backend.signer.csrf_token(current)
             return door(request, "leave", "Somebody else's link", str(error), status=403, csrf_token=csrf)
         response = RedirectResponse("/rate", 303)
         set_session(response, request, RATER_COOKIE, backend.signer.write_session("rater", session), session)
+        response.delete_cookie(DOOR_COOKIE, httponly=True, samesite="lax")
         return response
 
     @app.post("/leave")

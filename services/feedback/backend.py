@@ -19,10 +19,11 @@ from accord.image_store import ImageStore, open_images
 from accord.tokens import Principal, TokenFile, default_secret_path, default_tokens_path, ensure_first_token
 from services.feedback.config import FeedbackServiceConfig
 from services.feedback.metrics import CampaignNumbers, Metrics
-from services.feedback.signing import ForbiddenError, LinkError, Session, Signer, load_secret
+from services.feedback.signing import ForbiddenError, Invite, LinkError, Session, Signer, load_secret
 
 _log = logging.getLogger(__name__)
 
+_DOOR_HOURS = 0.25  # for so long a browser that was never answered may press the button again
 _SUMMARY_S = 2.0  # how old a campaign's progress on the rating page may be
 
 
@@ -73,8 +74,20 @@ class Backend:
         """Who has this bearer token."""
         return self.tokens.authenticate(token)
 
-    def open_invite(self, token: str, current: Session | None) -> Session:
+    def stand_at_door(self, invite: Invite, before: Session | None) -> Session:
+        """Names the session that a link is going to open, before it is opened.
+
+        Should the service end between committing that and answering, the same browser comes in by the same
+        name, and nobody else does. `before` is what the browser was given when it looked earlier.
+        """
+        if before is not None and _is_for(before, invite):
+            return before
+        return self.signer.start_session("door", invite.rater, _DOOR_HOURS, invite.campaign_id)
+
+    def open_invite(self, token: str, current: Session | None, door: Session | None = None) -> Session:
         """The session that a link opens. The browser that opened it before gets its session again.
+
+        `door` is what `stand_at_door` gave this browser.
 
         Raises:
             LinkError: the link is not valid, has expired, or was opened elsewhere.
@@ -90,6 +103,8 @@ class Backend:
         session = self.signer.start_session(
             "rater", invite.rater, self.config.session_hours, invite.campaign_id
         )
+        if door is not None and _is_for(door, invite):
+            session = session.model_copy(update={"session_id": door.session_id})
         # The browser that opened it first may open it again; nobody else may.
         for candidate in (session, current):
             if candidate is not None and self.used_invites.claim(invite.nonce, candidate.session_id):
@@ -175,6 +190,10 @@ class Backend:
                 values["agreement_alpha"] = agreement.alpha
             found[campaign.campaign_id] = values
         return found
+
+
+def _is_for(door: Session, invite: Invite) -> bool:
+    return (door.rater, door.campaign_id) == (invite.rater, invite.campaign_id)
 
 
 def _open_images(where: Path | str) -> ImageStore:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 from fastapi import Request, Response
@@ -40,8 +40,18 @@ def door(
     return page(request, "door.html", status, kind=kind, title=title, lines=lines, **values)
 
 
-def set_session(response: Response, request: Request, cookie: str, value: str, session: Session) -> None:
-    """Keep a session in the browser, out of reach of scripts and of other sites."""
+def set_session(
+    response: Response,
+    request: Request,
+    cookie: str,
+    value: str,
+    session: Session,
+    samesite: Literal["strict", "lax"] = "strict",
+) -> None:
+    """Keep a session in the browser, out of reach of scripts and of other sites.
+
+    "lax" shows it to us when a link in a message is followed, too.
+    """
     secure = (request.app.state.backend.config.public_url or "").startswith("https")
     left_s = int(session.expires_at - time.time())
-    response.set_cookie(cookie, value, max_age=left_s, httponly=True, samesite="strict", secure=secure)
+    response.set_cookie(cookie, value, max_age=left_s, httponly=True, samesite=samesite, secure=secure)

@@ -128,11 +128,16 @@ class Mover:
             if digest == version.digest and alias in table.models:
                 return alias, 0.0
         alias = f"{version.name}-{version.version}"
+        if table.models.get(alias, version.directory) != version.directory:
+            # Of another registry, or a directory that has moved: what this name serves stays what it is.
+            alias = f"{alias}-{version.digest[:12]}"
         self._say(f"Loading {version} from {version.directory}")
         self._serving.write(configs.with_model(version.kind, alias, version.directory))
         while self._gateway.models(version.kind).get(alias) != version.digest:
             if time.monotonic() - begun > self._timeout_s:
-                self._serving.write(configs)
+                # What serves may have been changed meanwhile: only this model is taken out again.
+                if alias not in table.models:
+                    self._serving.write(self._serving.read().without_model(version.kind, alias))
                 raise MoveError(
                     f"{version} was not loaded within {self._timeout_s:.0f} s, and what serves is as it was. "
                     f"Is {version.directory} there on the nodes that load models, with digest "

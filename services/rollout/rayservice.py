@@ -22,6 +22,7 @@ from services.rollout.sources import SourceError
 
 TIMEOUT_S = (10, 30)  # to connect, to be answered
 _KIND = ("ray.io", "v1")
+_MEANWHILE = "somebody changed it meanwhile: look at it, and try again"
 
 
 class RayServiceSpec:
@@ -35,9 +36,12 @@ class RayServiceSpec:
         """
         self._where = where
         self._api = _api(where.context)
+        self._seen: str | None = None  # the serveConfigV2 that was read last
 
     def read(self) -> UserConfigs:
-        application = self._application(self._config(self._get()))
+        item = self._get()
+        application = self._application(self._config(item))
+        self._seen = item["spec"]["serveConfigV2"]
         settings = validate(ServeConfig, dict(application.get("args") or {}), f"args of {self._name}")
         initial = {
             GENERATION: settings.generation.user_config,
@@ -52,9 +56,12 @@ class RayServiceSpec:
         return UserConfigs(*found)
 
     def write(self, configs: UserConfigs) -> None:
-        """Changes the user_configs and nothing else; refused when somebody changed the RayService since."""
+        """Changes the user_configs and nothing else; refused when somebody changed them since `read`."""
         item = self._get()
         config = self._config(item)
+        # Not by the resourceVersion that was read: the operator's reports of the status change that too.
+        if self._seen is not None and item["spec"]["serveConfigV2"] != self._seen:
+            raise SourceError(f"cannot change {self._name}: {_MEANWHILE}")
         config["applications"] = [
             with_user_configs(one, configs) if one.get("name") == self._where.application else one
             for one in config["applications"]
@@ -69,6 +76,7 @@ class RayServiceSpec:
                 *_KIND, self._where.namespace, "rayservices", self._where.rayservice, body,
                 _request_timeout=TIMEOUT_S, _content_type="application/merge-patch+json",
             )  # fmt: skip
+        self._seen = text
 
     @property
     def _name(self) -> str:
@@ -114,7 +122,7 @@ class RayServiceSpec:
                 401: "the API does not know who we are: renew the credentials of the kubeconfig",
                 403: "the account may not: it needs get and patch on it (k8s/components/rollout)",
                 404: "it is not there: kubectl get rayservices --all-namespaces",
-                409: "somebody changed it meanwhile: look at it, and try again",
+                409: _MEANWHILE,
             }.get(int(error.status or 0), str(error.reason))
             raise SourceError(f"cannot {doing} {self._name}: {error.status}, {advice}") from None
         except (HTTPError, OSError) as error:

@@ -67,12 +67,22 @@ class UserConfigs:
         table = self.table(kind)
         return self._with_table(kind, table.model_copy(update={"models": {**table.models, alias: directory}}))
 
+    def without_model(self, kind: str, alias: str) -> UserConfigs:
+        """Without one model of the table, unless it is the default."""
+        table = self.table(kind)
+        models = {name: place for name, place in table.models.items() if name != alias}
+        if alias == table.default:
+            return self
+        return self._with_table(kind, table.model_copy(update={"models": models}))
+
     def without_old(self, kind: str, name: str, keep: set[str]) -> UserConfigs:
         """Without earlier versions of the registered model `name` that neither serve nor are in `keep`."""
         table = self.table(kind)
         canary = GatewayUserConfig.model_validate(self.gateway).canary
         kept = keep | {table.default} | ({canary.model} if canary else set())
-        old = {one for one in table.models if re.fullmatch(rf"{re.escape(name)}-\d+", one)} - kept
+        old = {
+            one for one in table.models if re.fullmatch(rf"{re.escape(name)}-\d+(-[0-9a-f]{{12}})?", one)
+        } - kept
         models = {alias: place for alias, place in table.models.items() if alias not in old}
         return self._with_table(kind, table.model_copy(update={"models": models}))
 

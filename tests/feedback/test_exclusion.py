@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import select
 
-from accord.feedback import Campaigns, FeedbackStore, Gold, Judgement
+from accord.feedback import Campaigns, FeedbackStore, Gold, Judgement, exclusion
 from accord.feedback.campaign_tables import exclusion_events
 from tests.feedback.conftest import make_candidate
 
@@ -86,6 +86,23 @@ def test_again_and_again(campaigns: Campaigns, store: FeedbackStore) -> None:
             .all()
         )
     assert kinds == ["exclude", "include"] * 3
+
+
+def test_excluded_and_taken_back_at_once(campaigns: Campaigns, store: FeedbackStore) -> None:
+    """Two operators: each step of theirs is a transaction, and they may come in any order."""
+    _judge(campaigns, "ann")
+    _judge(campaigns, "eve")
+    campaigns.exclude("eve", "so")
+    write = campaigns._database.write
+    assert write(lambda now: exclusion.restore(now, "eve", 1)) == (TASKS, TASKS)
+    assert write(lambda now: exclusion.withdraw(now, "eve")) == TASKS  # the other one is not done yet
+    with pytest.raises(exclusion.PlacesLeftError):
+        write(lambda now: exclusion.include(now, "eve", "no", 1))
+    assert campaigns.include("eve", "no") == TASKS
+    assert write(lambda now: exclusion.withdraw(now, "eve")) == 0  # too late
+    assert campaigns.get("c").num_answers == 2 * TASKS
+    assert campaigns.lease("c", "bob") is None
+    assert _counted(store) == {"ann": IMAGES, "eve": IMAGES}
 
 
 def test_gold_and_judgements_without_a_campaign(campaigns: Campaigns, store: FeedbackStore) -> None:

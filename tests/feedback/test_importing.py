@@ -92,6 +92,8 @@ def test_preferences_with_images_as_bytes_become_comparisons(
     # Again: nothing is new, and it is the same campaign.
     again, same = import_columns(sqlite_store, path, PICK_A_PIC, source)
     assert (again.new_judgements, again.known_judgements, same) == (0, 4, campaign)
+    again, same = import_columns(sqlite_store, path.rename(tmp_path / "b.parquet"), PICK_A_PIC, source)
+    assert (again.new_judgements, same) == (0, campaign)
     with Campaigns(f"sqlite:///{tmp_path}/feedback.db") as campaigns:
         assert [c.campaign_id for c in campaigns.campaigns()] == [campaign]
 
@@ -210,6 +212,19 @@ def test_columns_that_do_not_go_together_or_are_not_there(
     (tmp_path / "rows.json").write_text("{}")
     with pytest.raises(FeedbackError, match="no array of rows"):
         import_columns(sqlite_store, tmp_path / "rows.json", PICK_A_PIC, source)
+
+
+def test_a_csv_whose_head_cannot_be_read(
+    sqlite_store: FeedbackStore, source: ImageSource, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.csv").write_text('"prompt"x,image,rank\n')
+    with pytest.raises(FeedbackError, match=r"rows\.csv cannot be read as csv"):
+        import_columns(
+            sqlite_store,
+            tmp_path / "rows.csv",
+            ImportColumns(prompt="prompt", image="image", rank="rank"),
+            source,
+        )
 
 
 def test_from_the_command_line(source: ImageSource, folder: ImageFolder, tmp_path: Path) -> None:

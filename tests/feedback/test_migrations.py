@@ -1,11 +1,15 @@
-import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, inspect
+from pathlib import Path
 
-import accord.feedback.campaign_tables  # noqa: F401
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, inspect, select
+
 from accord.errors import FeedbackError
-from accord.feedback import Campaigns, FeedbackStore, Judgement
+from accord.feedback import Campaign, Campaigns, FeedbackStore, Gold, Judgement, migrations
+from accord.feedback.campaign_tables import campaign_raters, exclusion_events
 from accord.feedback.database import Database
 from accord.feedback.tables import candidates, images, judgements, metadata
 from tests.feedback.conftest import make_candidate
@@ -56,6 +60,53 @@ def test_a_store_of_the_version_without_migrations(url: str) -> None:
     with Campaigns(url) as campaigns:
         assert campaigns.create_alignment("c", "Title", judgements_per_item=1).num_tasks == 1
     test_migrations_make_the_tables_of_the_code(url)
+
+
+def test_counts_of_a_store_in_use_are_counted_once(url: str) -> None:
+    """0004 keeps what was counted before: of gold, of what was taken back, of raters who are excluded."""
+    known = [Gold(f"{number:064x}", "red star", "good") for number in range(3)]
+    with FeedbackStore(url) as store, Campaigns(url) as campaigns:
+        store.add_candidates(make_candidate(number) for number in range(12))
+        campaigns.create_alignment("g", "Gold", judgements_per_item=3, images_per_task=1, gold=known)
+        campaigns.create_alignment("c", "Title", judgements_per_item=2)
+        for rater, number in (("ann", 11), ("bob", 7), ("eve", 5)):
+            for name in ("g", "c"):
+                for _ in range(number):
+                    if task := campaigns.lease(name, rater):
+                        verdicts = ["good"] * len(task.images)
+                        key = f"{rater} {task.task_id}"
+                        campaigns.submit(task.task_id, rater, verdicts, idempotency_key=key)
+                campaigns.undo(name, rater, idempotency_key=f"undo {rater} {name}")
+        campaigns.exclude("eve", "so")
+        before = _counts(campaigns)
+    assert len(before[1]) == 6
+    assert all(sum(row[number] for row in before[1]) for number in (2, 3))
+    database = Database(url)
+    with database.writing() as connection:
+        config = Config()
+        config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0003")
+    with database.reading() as connection:
+        assert "counted" not in {
+            column["name"] for column in inspect(connection).get_columns("campaign_raters")
+        }
+    database.close()
+    with Campaigns(url) as campaigns:
+        assert _counts(campaigns) == before
+        events = select(exclusion_events.c.rater, exclusion_events.c.kind, exclusion_events.c.reason)
+        with campaigns._database.reading() as connection:
+            assert connection.execute(events).all() == [("eve", "exclude", "so")]
+        assert campaigns.include("eve", "no")
+    test_migrations_make_the_tables_of_the_code(url)
+
+
+def _counts(campaigns: Campaigns) -> tuple[list[Campaign], list[tuple[object, ...]]]:
+    seats = campaign_raters
+    query = select(seats.c.campaign, seats.c.rater, seats.c.answered, seats.c.counted)
+    with campaigns._database.reading() as connection:
+        rows = connection.execute(query.order_by(seats.c.campaign, seats.c.rater)).all()
+    return campaigns.campaigns(), [tuple(row) for row in rows]
 
 
 def test_a_newer_store(url: str) -> None:

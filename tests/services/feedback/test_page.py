@@ -151,6 +151,27 @@ def test_a_link_opens_once(service: Running) -> None:
         assert _open(first, path).status_code == 303  # who has its session may
 
 
+def test_who_was_not_answered_comes_in_with_the_same_browser(service: Running) -> None:
+    path = service.invite("unlucky")
+    with service.client() as browser, service.client() as other:
+        assert browser.get(path).status_code == 200
+        (door,) = (cookie for cookie in browser.cookies.jar if cookie.name == "accord_door")
+        other.get(path)
+        assert _open(browser, path).status_code == 303
+        assert set(browser.cookies) == {"accord_rater"}  # the answer ends it
+        browser.cookies.clear()
+        browser.cookies.jar.set_cookie(door)  # as if that answer had never come
+        assert _open(other, path).status_code == 401
+        assert browser.get("/rate").status_code == 401  # it lets nobody in by itself
+        assert browser.get(path).status_code == 200
+        assert _open(browser, path).status_code == 303
+        assert browser.get("/rate").status_code == 200
+        browser.cookies.clear()
+        browser.cookies.jar.set_cookie(door)
+        assert _open(browser, service.invite("somebody")).status_code == 303
+        assert service.signer.read_session("rater", browser.cookies["accord_rater"]).rater == "somebody"
+
+
 def test_an_expired_link(service: Running) -> None:
     path = service.invite("late", hours=1e-9)
     with service.client() as client:

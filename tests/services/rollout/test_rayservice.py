@@ -141,6 +141,19 @@ def test_a_change_of_somebody_else_is_not_overwritten(api: Api) -> None:
         there.write(configs.without_canary())
 
 
+def test_what_somebody_else_moved_is_not_moved_back(api: Api) -> None:
+    rollout, hand = serving(), serving()
+    configs = rollout.read()  # the rollout looks, and asks Prometheus for a while
+    hand.write(hand.read().with_model(DIFFUSION, "next", "/runs/r/aligned").with_canary("next", 0.1))
+    with pytest.raises(SourceError, match="somebody changed it meanwhile"):
+        rollout.write(configs.without_canary())
+    api.version += 1  # as each report of the status does
+    api.item["metadata"]["resourceVersion"] = str(api.version)
+    rollout.write(rollout.read().without_canary())
+    assert hand.read().canary is None
+    assert "next" in hand.read().table(DIFFUSION).models
+
+
 def test_a_context_that_is_not_there_and_a_config_that_cannot_be_read_are_told(api: Api) -> None:
     with pytest.raises(SourceError, match="no Kubernetes cluster to ask"):
         serving(context="nowhere")
