@@ -14,7 +14,7 @@ from accord.diffusion.model import load_diffusion_model
 from accord.errors import ConfigError, FeedbackError
 from accord.guards.rule import Measured
 from accord.recipe import RayConfig, Recipe, load_recipe
-from ray_jobs import collect, finetune, guards, judge, learn_reward, score
+from ray_jobs import cluster, collect, finetune, guards, judge, learn_reward, score
 from ray_jobs import train as train_module
 from ray_jobs.snapshots import MOST_PENDING, WEIGHTS, Snapshots, ask_to_stop, pending
 from ray_jobs.train import Training, train
@@ -261,7 +261,7 @@ def test_nothing_is_asked_of_the_cluster_before_the_training_left_a_snapshot(
         raise RuntimeError("asked")
 
     monkeypatch.setattr(guards, "_start_meter", start)
-    monkeypatch.setattr(guards.cluster, "has_room", lambda *_, **__: False)
+    monkeypatch.setattr(cluster, "has_room", lambda *_, **__: False)
     watch = guards.Guards(recipe, tmp_path, recipe.finetune.guards)
     watch.poll()
     assert not asked
@@ -294,8 +294,8 @@ def test_what_measures_lets_go_before_the_next_training_begins(
             events.append("finish")
 
     monkeypatch.setattr(train_module, "_Run", Run)
-    monkeypatch.setattr(train_module.cluster, "ensure", lambda config: None)
-    monkeypatch.setattr(train_module.cluster, "has_room", lambda *_, **__: False)
+    monkeypatch.setattr(cluster, "ensure", lambda config: None)
+    monkeypatch.setattr(cluster, "has_room", lambda *_, **__: False)
     aligned = Training("aligned", "", {}, 1, 1, 1, "", snapshots=Snapshots(str(tmp_path), every=1))
     train([aligned, Training("control", "", {}, 1, 1, 1, "")], tmp_path, RayConfig(), Watch())
     assert events == ["aligned", "finish", "control"]
