@@ -4,7 +4,6 @@ Weights and tensors are safetensors only: a pickle runs code when it is opened.
 """
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -21,17 +20,35 @@ import pydantic
 
 import accord
 from accord.config import Config
-from accord.errors import ArtifactError, StorageError
+from accord.disk import open_to_readers, storage_errors, sync, temporary_file, write_file
+from accord.errors import ArtifactError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most of what needs an artifact needs no tensor
     import torch
 
+__all__ = [
+    "MANIFEST_NAME",
+    "PICKLE_SUFFIXES",
+    "Manifest",
+    "artifact_writer",
+    "canonical_json",
+    "check_model_directory",
+    "code_version",
+    "content_digest",
+    "each_tensor",
+    "load_tensors",
+    "read_manifest",
+    "save_tensors",
+    "sha256_bytes",
+    "sha256_file",
+    "storage_errors",
+    "verify",
+    "write_file",
+]
+
 MANIFEST_NAME = "manifest.json"
 # Formats that are pickles, or may be.
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# Libraries written in other languages lose the errno and keep the text.
-_FULL_TEXTS = ("no space left", "file too large", "disk quota exceeded", "database or disk is full")
 _HASH_BLOCK_BYTES = 1 << 20
 
 
@@ -161,7 +178,7 @@ def save_tensors(
     from safetensors.torch import save_file
 
     path = Path(path)
-    with storage_errors(path), _temporary_file(path) as temporary:
+    with storage_errors(path), temporary_file(path) as temporary:
         save_file(_alone(tensors), temporary, metadata=dict(metadata) if metadata else None)
         _sort_header(temporary)
 
@@ -234,52 +251,6 @@ def code_version() -> str:
     return f"{accord.__version__}+g{commit}{dirty}"
 
 
-@contextlib.contextmanager
-def storage_errors(where: str | Path) -> Iterator[None]:
-    """Turns a full disk, a quota or a file-size limit, in whatever library it shows, into a StorageError."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except Exception as error:
-        if not _is_full(error):
-            raise
-        raise StorageError(
-            f"no room to write {where}: the disk is full, or a quota or file-size limit is reached. "
-            f"Nothing was changed; make room and start again ({error})"
-        ) from error
-
-
-def write_file(path: str | Path, data: bytes | str, *, durable: bool = True) -> None:
-    """Write a file, all or nothing: a reader sees the old content or the new, never a part.
-
-    `durable` waits until the disk has it, so that it outlives a power cut.
-
-    Raises:
-        StorageError: when the disk is full.
-    """
-    path = Path(path)
-    with storage_errors(path), _temporary_file(path, durable=durable) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-
-
-@contextlib.contextmanager
-def _temporary_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        _open_to_readers(temporary, 0o666)
-        if durable:
-            _sync(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _write_manifest(
     directory: Path,
     kind: str,
@@ -304,10 +275,10 @@ def _write_manifest(
 
 def _replace_directory(temporary: Path, directory: Path) -> None:
     for path in _files(temporary):
-        _sync(path)
+        sync(path)
     for folder, _, _ in os.walk(temporary):
-        _sync(Path(folder))
-    _open_to_readers(temporary, 0o777)
+        sync(Path(folder))
+    open_to_readers(temporary, 0o777)
     aside = _aside(directory)
     if directory.exists():
         directory.rename(aside)
@@ -317,7 +288,7 @@ def _replace_directory(temporary: Path, directory: Path) -> None:
         if aside.exists():
             aside.rename(directory)
         raise
-    _sync(directory.parent)
+    sync(directory.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -341,21 +312,6 @@ def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def _open_to_readers(path: Path, mode: int) -> None:
-    """Give what tempfile made private the mode that an ordinary file or directory would have."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(mode & ~umask)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _alone(tensors: Mapping[str, "torch.Tensor"]) -> "dict[str, torch.Tensor]":
     """On the CPU, each in a memory of its own, as safetensors wants it; copied only if it is not so yet."""
     plain = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
@@ -376,17 +332,6 @@ def _sort_header(path: Path) -> None:
         if len(text) <= size:
             file.seek(8)
             file.write(text.ljust(size))
-
-
-def _is_full(error: BaseException) -> bool:
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _FULL:
-            return True
-        if any(text in str(seen).lower() for text in _FULL_TEXTS):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
 
 
 def _plain(value: object) -> object:

@@ -201,6 +201,11 @@ class Recipe(Config):
                 "finetune.guards.held_out is judgements: those that reward.validation_fraction keeps from "
                 "the reward, which is 0; set it above 0, or name another judge"
             )
+        if guards is not None and guards.held_out == JUDGEMENTS and self.finetune.is_preference:
+            raise ValueError(
+                f"finetune.objective {self.finetune.objective} learns from all judgements, so none are held "
+                "out for finetune.guards.held_out: judgements; name another judge there"
+            )
         return self
 
     @model_validator(mode="after")

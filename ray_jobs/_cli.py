@@ -18,6 +18,7 @@ from accord.config import load_object
 from accord.errors import ConfigError
 from accord.guards.settings import JUDGEMENTS
 from accord.recipe import Recipe, load_recipe
+from accord.reward.settings import BUILT_IN_SCORERS
 from ray_jobs import cluster, stages
 from ray_jobs.progress import say
 
@@ -100,6 +101,7 @@ def _check(recipe: Recipe, run_dir: Path) -> None:
     sources = [part.source for part in (recipe.pretraining, recipe.reference) if part is not None]
     guards = recipe.finetune.guards
     plugs = [] if guards is None else [guards.held_out, *guards.measures.values()]
+    plugs += [term.scorer for term in recipe.rewards if term.scorer not in BUILT_IN_SCORERS]
     for spec in (recipe.evaluator, recipe.panel, *sources, *plugs):
         if spec is not None and spec != JUDGEMENTS:
             load_object(spec)

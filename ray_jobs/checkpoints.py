@@ -6,6 +6,7 @@ reach. So the newest one that is there is the place to go on from, whoever was k
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import threading
@@ -19,6 +20,7 @@ from accord.errors import ArtifactError
 logger = logging.getLogger(__name__)
 
 KEPT = 2
+RAYS_LIST = "checkpoint_manager_snapshot.json"
 Write = Callable[[Path], Any]
 
 
@@ -69,6 +71,19 @@ def prune(directory: Path) -> None:
     """Removes all but the newest ones."""
     for old in newest_first(directory)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def heal(directory: Path) -> None:
+    """Forgets Ray Train's list of checkpoints when it was killed while it wrote that (it does not write by
+    rename). The checkpoints themselves stay.
+    """
+    snapshot = directory / RAYS_LIST
+    if not snapshot.exists():
+        return
+    try:
+        json.loads(snapshot.read_text())
+    except ValueError:
+        snapshot.unlink()
 
 
 def writer_of(learner: Learner, rank: int, *, copy: bool) -> Write | None:

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from accord.artifacts import Manifest, read_manifest
-from accord.diffusion.settings import FinetuneConfig
+from accord.diffusion.settings import FREE_KEYS, FinetuneConfig
 from accord.errors import FeedbackError
 from accord.recipe import Recipe
 from ray_jobs import _cli, cluster, collect, inputs, preferences, sources
@@ -59,7 +59,15 @@ def run(recipe: Recipe, run_dir: Path) -> Manifest:
         further["aligned"]["preferences"] = judged.note
     further["aligned"] |= _guards_config(recipe)
     stages = {
-        name: Stage(name, KIND, config.decisive() | further[name], recipe.seed, digests)
+        name: Stage(
+            name,
+            KIND,
+            config.decisive() | further[name],
+            recipe.seed,
+            digests,
+            defaults=FinetuneConfig().decisive(),
+            free=FREE_KEYS - {"guards"},  # these are in `further`
+        )
         for name, config in configs.items()
         if name == "aligned" or has_control(recipe)
     }

@@ -31,7 +31,7 @@ from accord.guards.rule import HELD_OUT, REWARD, Decision, Measured, decide
 from accord.guards.settings import JUDGEMENTS, GuardsConfig
 from accord.images import encode_png
 from accord.prompts import PromptPlan, load_grammar
-from accord.recipe import Recipe
+from accord.recipe import RayConfig, Recipe
 from accord.tracking import attach
 from ray_jobs import cluster, inputs, learn_reward
 from ray_jobs.progress import say
@@ -59,9 +59,12 @@ class Guards:
         self._meter: Any = None
         self._busy: tuple[Any, int] | None = None
         self._failures = 0
+        self._is_tight = False  # whether the cluster cannot hold a training and what measures it at once
         self._tracked = len(self.rows)
         if config.held_out == JUDGEMENTS and not (self.directory / "held_out" / "manifest.json").exists():
             cluster.on_device(recipe.ray, learn_held_out, recipe, run_dir)
+        if self.has_stopped():  # killed before it could ask
+            ask_to_stop(self.directory, self.decision().reason)
 
     def snapshots(self, training: str, offset: int, model: str) -> Snapshots:
         """Where the training of that name, of the model in that directory, leaves its snapshots, `offset`
@@ -92,17 +95,34 @@ class Guards:
             return
         if self._busy is not None and not self._collect(wait=False):
             return
-        if (work := self._next()) is not None:
-            if self._meter is None:
-                self._meter = _start_meter(self.recipe, self.run_dir)
-            self._busy = self._meter.measure.remote(*work), work[0]
+        # Not before the training has left something: it has its resources then, and cannot lose them to us.
+        if self._meter is not None or pending(self.directory):
+            self._begin()
+        if self._busy is None and self._is_tight:
+            self._release()  # a training that lost a worker may wait for what we hold
 
     def finish(self) -> None:
         """Measures what is left, and lets go of the device."""
         self.poll()
-        while self._busy is not None:
-            self._collect(wait=True)
-            self.poll()
+        while not self.recipe.ray.local:
+            if self._busy is not None:
+                self._collect(wait=True)
+            self._begin()
+            if self._busy is None:
+                break
+        self._release()
+
+    def _begin(self) -> None:
+        """Starts the next measurement, if any is left."""
+        if (work := self._next()) is None:
+            return
+        if self._meter is None:
+            if not self._is_tight:
+                self._is_tight = not _has_room(self.recipe.ray)
+            self._meter = _start_meter(self.recipe, self.run_dir)
+        self._busy = self._meter.measure.remote(*work), work[0]
+
+    def _release(self) -> None:
         if self._meter is not None and not self.recipe.ray.local:
             import ray
 
@@ -145,9 +165,10 @@ class Guards:
 
     def _note(self, step: int, row: Mapping[str, Any]) -> None:
         before = self.decision().tripped
-        with (self.directory / MEASUREMENTS).open("a") as file:
-            file.write(json.dumps(row) + "\n")
         self.rows.append(Measured.from_row(row))
+        # Whole: after a line that a crash has cut, one more would be lost with it.
+        lines = [json.dumps(known.as_row()) + "\n" for known in self.rows]
+        write_file(self.directory / MEASUREMENTS, "".join(lines))
         decision = self.decision()
         write_json(self.directory / VERDICT, {**decision.as_dict(), "action": self.config.action})
         self._settle(step)
@@ -269,6 +290,19 @@ def _several_rewards(recipe: Recipe, run_dir: Path) -> Judge:
         return rewards_of(recipe, run_dir, pd.DataFrame({"image": digests, "prompt": list(prompts)}))
 
     return judge
+
+
+def _has_room(config: RayConfig) -> bool:
+    """Whether a training leaves room for what measures it; says what follows where it does not."""
+    asked = config.model_copy(update={"threads_per_worker": 1})  # threads are no resource of Ray's
+    if cluster.has_room(asked, 1, generators=1):
+        return True
+    say(
+        "Guards: the cluster as it is has no room to measure snapshots beside the training. Unless it grows "
+        "they wait until the training has ended, and nothing ends that early. Lower ray.cpus_per_generator, "
+        "or set ray.gpus_per_generator to 0, to share the training's GPU."
+    )
+    return False
 
 
 def _start_meter(recipe: Recipe, run_dir: Path) -> Any:

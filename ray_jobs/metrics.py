@@ -16,7 +16,6 @@ STEPS = "accord_train_steps"
 VALUE = "accord_train_value"
 STEP_RATE = "accord_train_steps_per_second"
 IMAGE_RATE = "accord_train_images_per_second"
-_BATCHES = ("batch_size", "pretraining_batch_size")
 
 
 class TrainingMetrics:
@@ -33,7 +32,7 @@ class TrainingMetrics:
         self._images = Gauge(IMAGE_RATE, "Images learned from a second, over all workers.", tag_keys=run)
         self._tags = {"run": name}
         config = training["arguments"].get("config")
-        self._batch = sum(int(config.get(key) or 0) for key in _BATCHES) if isinstance(config, dict) else 0
+        self._batch = images_a_step(config) if isinstance(config, dict) else 0
         self._last: tuple[int, float] | None = None
         self._steps.set(training["steps"], tags=self._tags)
 
@@ -49,3 +48,9 @@ class TrainingMetrics:
         self._step.set(step, tags=self._tags)
         for name, value in values.items():
             self._value.set(value, tags={**self._tags, "metric": name})
+
+
+def images_a_step(config: Mapping[str, Any]) -> int:
+    """That a training with these settings learns from, over all workers: those of a term that counts."""
+    generated = 0 if config.get("objective") == "pretraining_only" else int(config.get("batch_size") or 0)
+    return generated + (int(config.get("pretraining_batch_size") or 0) if config.get("beta", 1) else 0)

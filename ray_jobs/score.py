@@ -122,8 +122,11 @@ def _term_scores(
             scores[term.title] = np.array(inside[term.scorer])
         else:
             scorer = open_scorer(term.scorer, term.options)
-            scores[term.title] = _scored_outside(scorer, term, run_dir, rows)
-            identities[term.title] = str(getattr(scorer, "identity", ""))
+            try:
+                scores[term.title] = _scored_outside(scorer, term, run_dir, rows)
+                identities[term.title] = str(getattr(scorer, "identity", ""))
+            finally:  # guards score many times in one process
+                getattr(scorer, "close", lambda: None)()
     return scores, identities
 
 

@@ -29,7 +29,8 @@ class Stage:
     """An artifact that is going to be made in the run directory, and from what.
 
     `config` holds every setting that changes the result and nothing else (not the number of workers, for
-    example); `inputs` names the digest of every artifact that the stage reads.
+    example); `inputs` names the digest of every artifact that the stage reads. The note of an older version
+    may have keys that change nothing (`free`), and lack younger ones, which then were as in `defaults`.
     """
 
     name: str
@@ -37,10 +38,17 @@ class Stage:
     config: Mapping[str, Any]
     seed: int
     inputs: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    free: frozenset[str] = frozenset()
 
     def description(self) -> dict[str, Any]:
         plain: dict[str, Any] = json.loads(canonical_json(dict(self.config)))
         return {"kind": self.kind, "config": plain, "seed": self.seed, "inputs": dict(self.inputs)}
+
+    def noted(self, note: Mapping[str, Any]) -> dict[str, Any]:
+        """The description in a note, as this version would have written it."""
+        plain = json.loads(canonical_json(dict(self.defaults))) | note.get("config", {})
+        return {**note, "config": {key: value for key, value in plain.items() if key not in self.free}}
 
 
 def is_done(stage: Stage, run_dir: Path) -> bool:
@@ -51,7 +59,7 @@ def is_done(stage: Stage, run_dir: Path) -> bool:
     output, note = run_dir / stage.name, run_dir / "stages" / f"{stage.name}.json"
     wanted = stage.description()
     if note.exists():
-        refuse_changes(stage.name, _read_json(note), wanted, run_dir)
+        refuse_changes(stage.name, stage.noted(_read_json(note)), wanted, run_dir)
     elif output.exists():
         raise ConfigError(
             f"{output} is there, but no stage of this run made it (there is no {note}). "

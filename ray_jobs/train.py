@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from accord.recipe import RayConfig
 
 POLL_S = 0.25
-SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 Build = Callable[..., Learner]
@@ -75,7 +74,7 @@ class Watch(Protocol):
         """Called several times a second; must not wait. Without Ray: after each snapshot, and may."""
 
     def finish(self) -> None:
-        """Called when the trainings have ended: looks at what is left."""
+        """Called when its trainings have ended: looks at what is left, and lets go of its resources."""
 
 
 def train(
@@ -99,16 +98,17 @@ def train(
         for group in [runs] if together else [[run] for run in runs]:
             for run in group:
                 run.start()
+            watching = watch if any(run.training.snapshots for run in group) else None
             while any(run.is_alive() for run in group):
                 for run in group:
                     run.join(POLL_S / len(group))
                     _show(run.directory, shown[runs.index(run)])
-                if watch is not None:
-                    watch.poll()
+                if watching is not None:
+                    watching.poll()
             for run in group:
                 run.result()
-    if watch is not None:
-        watch.finish()
+            if watching is not None:  # before the next group: what measures may hold what that waits for
+                watching.finish()
     return [run.result() for run in runs]
 
 
@@ -165,7 +165,7 @@ class _Run(threading.Thread):
         super().__init__(daemon=True, name=f"train {training.name}")
         self.training, self.directory, self.config = training, directory, config
         self.outcome: Any = None
-        _heal(directory)
+        checkpoints.heal(directory)
 
     def run(self) -> None:
         try:
@@ -384,16 +384,3 @@ def _show(directory: Path, progress: Bar) -> None:
 
 def _loss_note(loss: float | None) -> str:
     return f"loss {loss:.4f}" if loss is not None else ""
-
-
-def _heal(directory: Path) -> None:
-    """Forgets Ray Train's list of checkpoints when it was killed while it wrote that (it does not write by
-    rename). The checkpoints themselves stay.
-    """
-    snapshot = directory / SNAPSHOT
-    if not snapshot.exists():
-        return
-    try:
-        json.loads(snapshot.read_text())
-    except ValueError:
-        snapshot.unlink()

@@ -240,7 +240,8 @@ class Finetuner:
         """Q of diffusion_kto is the whole batch's: so it takes a pass of its own before the first gradient.
         None where a single part's own pass will do (see _loss), and for any other objective.
         """
-        if self.config.objective != "diffusion_kto" or len(parts) == 1:
+        # Not len(parts): workers must agree on it, and one may have an image less than another.
+        if self.config.objective != "diffusion_kto" or self.config.gradient_accumulation == 1:
             return None
         total = torch.zeros((), device=self.device)
         for part in parts:

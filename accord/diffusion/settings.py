@@ -159,7 +159,8 @@ class FinetuneConfig(Config):
     without teaching the errors of the captions again."""
     pretraining_threshold: float | None = None
     """Only pre-training images whose reward for their own caption is at least this: what people said about
-    generated images then mends careless captions too. None takes all, as in the paper."""
+    generated images then mends careless captions too. It is the learned reward's, also where the recipe has
+    several rewards. None takes all, as in the paper."""
     pretraining_favourites: bool = False
     """... and only if the reward prefers the caption to each prompt that differs from it in one word. All
     captions must then be prompts of the recipe's grammar."""

@@ -79,6 +79,11 @@ class GuardsConfig(Config):
         unknown = sorted(set(self.bounds) - set(known))
         if unknown:
             raise ValueError(f"bounds: nothing measures {', '.join(unknown)}; there are {', '.join(known)}")
+        distance = self.bounds.get("reference_distance")
+        if distance is not None and (distance.least_ratio is not None or distance.most_ratio is not None):
+            raise ValueError(
+                "bounds: reference_distance is 0 before fine-tuning, so no ratio bounds it; give it most"
+            )
         if sum(self.prompts.values()) < 2:
             raise ValueError("prompts: an interval over prompts needs two prompts or more")
         return self

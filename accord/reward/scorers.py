@@ -35,7 +35,8 @@ _QUANTILES = 257
 class Scorer(Protocol):
     """Rates images for prompts. RewardModel is one, as are TextNormalised and RemoteScorer.
 
-    It may have a text `identity`, such as the digest of its weights: it is kept with what it scored.
+    It may have a text `identity`, such as the digest of its weights: it is kept with what it scored. It may
+    have a `close()` too, which is called when it has scored.
     """
 
     def score(self, images: Sequence[Pixels], prompts: Sequence[str]) -> Tensor:

@@ -17,6 +17,8 @@ Normalise = Literal["none", "logistic", "rank"]
 BUILT_IN_SCORERS = ("reward", "reward_no_auxiliary", "text_normalised", "clip")
 """Scorers that a run has without any code of one's own; see accord.reward.scorers."""
 
+TEXT_NORMALISED_OPTIONS = ("temperature", "num_prompts", "seed")
+
 _OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
@@ -125,5 +127,11 @@ class RewardTerm(Config):
             raise ValueError(
                 f"there is no scorer {self.scorer!r}; expected one of {', '.join(BUILT_IN_SCORERS)}, or a "
                 "function as package.module:function"
+            )
+        unknown = sorted({*self.options} - {*TEXT_NORMALISED_OPTIONS})
+        if self.scorer == "text_normalised" and unknown:
+            raise ValueError(
+                f"the scorer text_normalised has no option {', '.join(unknown)}; it has "
+                f"{', '.join(TEXT_NORMALISED_OPTIONS)}"
             )
         return self

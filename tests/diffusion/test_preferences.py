@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -249,6 +250,30 @@ def test_workers_have_as_much_each_only_if_pairs_can_be_shared(
     assert [part.are_shared_evenly for part in parts] == [even, even]
     counts = {len(part.draw(step).timesteps_B) for part in parts for step in range(2)}
     assert (len(counts) == 1) == even
+
+
+def test_workers_with_an_image_less_ask_for_the_reference_point_at_the_same_time(
+    tiny_model: DiffusionModel,
+) -> None:
+    """Of 3 images in 2 parts one worker has 2 parts, the other 1: both exchange rewards before they predict
+    with gradients."""
+    small = settings("diffusion_kto", batch_size=3, pretraining_batch_size=0, beta=0, gradient_accumulation=2)
+    for rank in range(2):
+        order: list[str] = []
+        part = Finetuner(tiny_model, judged(tiny_model), small, seed=5, rank=rank, world_size=2)
+        plain_over, plain_loss = part._over_workers, part._loss
+
+        def over(metrics: Any, order: list[str] = order, plain: Any = plain_over) -> Any:
+            order.append("exchange")
+            return plain(metrics)
+
+        def loss(*arguments: Any, order: list[str] = order, plain: Any = plain_loss) -> Any:
+            order.append("loss")
+            return plain(*arguments)
+
+        part._over_workers, part._loss = over, loss  # type: ignore[method-assign]
+        part.backward()
+        assert order == ["exchange", *["loss"] * (2 - rank), "exchange"]
 
 
 def test_what_is_missing_is_said(tiny_model: DiffusionModel) -> None:

@@ -116,6 +116,7 @@ def test_noise_alone_seldom_trips() -> None:
         ({"bounds": {"saturatoin": {"most": 1}}}, "nothing measures saturatoin"),
         ({"bounds": {"saturation": {}}}, "a bound needs"),
         ({"bounds": {"saturation": {"least": 2, "most": 1}}}, "nothing lies between 2.0 and 1.0"),
+        ({"bounds": {"reference_distance": {"most_ratio": 2}}}, "0 before fine-tuning, so no ratio"),
         ({"measures": {"reward": "a:b"}}, "reward is measured anyway"),
         ({"prompts": {"colour": 1}}, "two prompts or more"),
         ({"held_out": "judgement"}, "held_out"),

@@ -1,6 +1,7 @@
 """Guards end a training that breaks a bound, here and on Ray, and the model handed on is the best before."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from accord.diffusion.model import load_diffusion_model
 from accord.errors import ConfigError, FeedbackError
 from accord.guards.rule import Measured
 from accord.recipe import RayConfig, Recipe, load_recipe
-from ray_jobs import collect, finetune, guards, judge, learn_reward, score
+from ray_jobs import cluster, collect, finetune, guards, judge, learn_reward, score
+from ray_jobs import train as train_module
 from ray_jobs.snapshots import MOST_PENDING, WEIGHTS, Snapshots, ask_to_stop, pending
-from ray_jobs.train import train
+from ray_jobs.train import Training, train
 from tests.ray_jobs.test_train import training
 
 GUARDS: dict[str, Any] = {
@@ -229,6 +231,74 @@ def test_what_a_crash_left_is_settled(judged: tuple[Path, Path], tmp_path: Path)
     assert [path.name for path in (directory / "best").iterdir()] == ["step-00000005"]
     assert [step for step, _ in pending(directory)] == [15]
     assert watch.best() == directory / "best" / "step-00000005"
+
+
+def test_a_trip_that_was_noted_stops_the_training_even_if_the_guards_were_killed_then(
+    judged: tuple[Path, Path], tmp_path: Path
+) -> None:
+    rows = [Measured(step, {"saturation": (value,)}) for step, value in ((0, 0.2), (5, 0.9))]
+    (tmp_path / "guards").mkdir()
+    lines = [json.dumps(row.as_row()) for row in rows]
+    (tmp_path / "guards" / guards.MEASUREMENTS).write_text("\n".join([*lines, lines[0][:20]]))
+    recipe = guarded(judged[0], bounds={"saturation": {"most": 0.5}}, action="stop")
+    assert recipe.finetune.guards is not None
+    watch = guards.Guards(recipe, tmp_path, recipe.finetune.guards)
+    assert watch.snapshots("aligned", 0, "").must_stop()
+    watch._note(10, Measured(10, {"saturation": (0.95,)}).as_row())
+    assert [row.step for row in guards.load_measurements(tmp_path)] == [0, 5, 10], "the cut line is gone"
+
+
+def test_nothing_is_asked_of_the_cluster_before_the_training_left_a_snapshot(
+    judged: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else, on a single GPU, what measures would take it, and the training wait for it for ever."""
+    recipe = guarded(judged[0], "ray.local=false")
+    assert recipe.finetune.guards is not None
+    asked: list[Path] = []
+
+    def start(recipe: Recipe, run_dir: Path) -> Any:
+        asked.append(run_dir)
+        raise RuntimeError("asked")
+
+    monkeypatch.setattr(guards, "_start_meter", start)
+    monkeypatch.setattr(cluster, "has_room", lambda *_, **__: False)
+    watch = guards.Guards(recipe, tmp_path, recipe.finetune.guards)
+    watch.poll()
+    assert not asked
+    watch.snapshots("aligned", 0, "").take(Weights(), 1)
+    with pytest.raises(RuntimeError, match="asked"):
+        watch.poll()
+
+
+def test_what_measures_lets_go_before_the_next_training_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    class Run(threading.Thread):
+        def __init__(self, of: Training, directory: Path, config: RayConfig) -> None:
+            super().__init__()
+            self.training, self.directory = of, directory
+
+        def run(self) -> None:
+            events.append(self.training.name)
+
+        def result(self) -> Path:
+            return self.directory
+
+    class Watch:
+        def poll(self) -> None:
+            pass
+
+        def finish(self) -> None:
+            events.append("finish")
+
+    monkeypatch.setattr(train_module, "_Run", Run)
+    monkeypatch.setattr(cluster, "ensure", lambda config: None)
+    monkeypatch.setattr(cluster, "has_room", lambda *_, **__: False)
+    aligned = Training("aligned", "", {}, 1, 1, 1, "", snapshots=Snapshots(str(tmp_path), every=1))
+    train([aligned, Training("control", "", {}, 1, 1, 1, "")], tmp_path, RayConfig(), Watch())
+    assert events == ["aligned", "finish", "control"]
 
 
 def test_a_held_out_reward_is_learned_from_the_judgements_that_the_first_never_saw(

@@ -57,3 +57,13 @@ def test_the_dashboards_series_are_on_the_page(ray_cluster: RayConfig) -> None:
     assert asked == {name.split(" ")[0] for name in found}
     for wanted in re.findall(r'train_value\{metric=~?"([^"]+)"\}', " ".join(TRAINING.queries)):
         assert any(re.fullmatch(wanted, name.partition(" ")[2]) for name in found), wanted
+
+
+def test_only_images_of_a_term_that_counts_are_counted() -> None:
+    from ray_jobs.metrics import images_a_step
+
+    batches = {"batch_size": 16, "pretraining_batch_size": 48}
+    assert images_a_step({"batch_size": 16}) == 16
+    assert images_a_step({**batches, "beta": 1.0}) == 64
+    assert images_a_step({**batches, "beta": 0.0}) == 16
+    assert images_a_step({**batches, "beta": 1.0, "objective": "pretraining_only"}) == 48

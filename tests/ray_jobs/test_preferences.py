@@ -125,6 +125,13 @@ def test_further_rounds_have_nobody_who_judges_them(scored: Path) -> None:
         load_recipe(scored / "recipe.yaml", [*CHANGES, "finetune.objective=diffusion_kto", rounds])
 
 
+def test_judgements_that_all_are_learned_from_hold_nobody_out(scored: Path) -> None:
+    guards = "finetune.guards={prompts: {colour: 2}}"
+    load_recipe(scored / "recipe.yaml", [*CHANGES, guards])
+    with pytest.raises(ConfigError, match=r"none are held out for finetune.guards.held_out: judgements"):
+        load_recipe(scored / "recipe.yaml", [*CHANGES, guards, "finetune.objective=diffusion_kto"])
+
+
 def test_scores_of_an_image_of_two_prompts_stay_apart(scored: Path) -> None:
     recipe = load_recipe(scored / "recipe.yaml", [*CHANGES, "finetune.objective=diffusion_kto"])
     scores = load_scores(scored / "run")

@@ -25,12 +25,18 @@ from tests.ray_jobs.world import write_recipe
 HERE = "tests.ray_jobs.test_rewards"
 
 
+CLOSED: list[str] = []
+
+
 class Redness:
     def __init__(self, identity: str) -> None:
         self.identity = identity
 
     def score(self, images: Sequence[Any], prompts: Sequence[str]) -> torch.Tensor:
         return torch.tensor([float(image[..., 0].mean()) for image in images])
+
+    def close(self) -> None:
+        CLOSED.append(self.identity)
 
 
 def redness(*, identity: str = "one") -> Redness:
@@ -128,6 +134,7 @@ def test_another_model_behind_a_scorers_name_is_refused(learned: Path, tmp_path:
     recipe, run_dir = opened(learned, tmp_path / "run", f"rewards={SEVERAL}")
     score.run(recipe, run_dir)
     assert json.loads((run_dir / "scores" / score.REWARDS).read_text())["redness"]["identity"] == "one"
+    assert CLOSED[-1] == "one", "a connection is not left open"
     moved = SEVERAL.replace('redness"', 'redness", options: {identity: two}')
     changed = load_recipe(learned / "recipe.yaml", [*SETTINGS, f"rewards={moved}"])
     with pytest.raises(ConfigError, match="'redness' is two now, but the run's images were scored by one"):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,16 @@ def test_another_configuration_is_refused_by_the_names_of_its_keys(tmp_path: Pat
     assert "model" not in message
     assert "--run-dir" in message
     assert "--fresh" in message
+
+
+def test_a_stage_that_an_older_version_noted_is_known_again(tmp_path: Path) -> None:
+    assert not is_done(Stage("aligned", "model", {"steps": 3, "log_every": 5}, 0), tmp_path)
+    newer: dict[str, Any] = {"defaults": {"steps": 1, "lora": {"rank": 4}}, "free": frozenset({"log_every"})}
+    same = Stage("aligned", "model", {"steps": 3, "lora": {"rank": 4}}, 0, **newer)
+    assert not is_done(same, tmp_path)
+    other = Stage("aligned", "model", {"steps": 3, "lora": {"rank": 8}}, 0, **newer)
+    with pytest.raises(ConfigError, match=r"config\.lora\.rank: 4 then, 8 now"):
+        is_done(other, tmp_path)
 
 
 def test_another_input_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from accord.artifacts import load_tensors
 from accord.errors import FeedbackError
 from accord.recipe import RayConfig
 from ray_jobs import checkpoints
-from ray_jobs import train as jobs
 from ray_jobs.train import Training, train
 from tests.ray_jobs.training import STEPS
 
@@ -93,10 +92,10 @@ def test_an_error_in_building_arrives_as_itself_and_is_not_retried(
 
 def test_a_half_written_list_of_checkpoints_is_forgotten(tmp_path: Path) -> None:
     (tmp_path / "step-00000002").mkdir()
-    (tmp_path / jobs.SNAPSHOT).write_text('{"checkpoint_results": [')
-    jobs._heal(tmp_path)
+    (tmp_path / checkpoints.RAYS_LIST).write_text('{"checkpoint_results": [')
+    checkpoints.heal(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
-    jobs._heal(tmp_path)
+    checkpoints.heal(tmp_path)
 
 
 def test_the_fewest_workers_are_not_above_the_most() -> None:

@@ -1,7 +1,10 @@
+import inspect
+
 import pytest
 from pydantic import ValidationError
 
-from accord.reward.settings import RewardConfig, RewardTerm
+from accord.reward.settings import TEXT_NORMALISED_OPTIONS, RewardConfig, RewardTerm
+from accord.reward.textnorm import TextNormalised
 
 
 def test_defaults_are_the_papers() -> None:
@@ -48,3 +51,7 @@ def test_a_scorer_is_built_in_or_a_function() -> None:
         RewardTerm(scorer="rewrd")
     with pytest.raises(ValidationError, match="weight"):
         RewardTerm(scorer="reward", weight=0.0)
+    with pytest.raises(ValidationError, match="text_normalised has no option tau; it has temperature, num"):
+        RewardTerm(scorer="text_normalised", options={"tau": 1})
+    options = set(inspect.signature(TextNormalised).parameters) - {"model", "grammar"}
+    assert options == {*TEXT_NORMALISED_OPTIONS}
