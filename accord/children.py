@@ -17,6 +17,8 @@ from pathlib import Path
 
 from accord.errors import AccordError
 
+COMMAND = "ACCORD_COMMAND"
+"""Variable of the environment: what was typed, for the process that the command has become."""
 STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.1
 

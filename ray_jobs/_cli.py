@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from accord.children import COMMAND
 from accord.config import load_object
 from accord.errors import ConfigError
 from accord.guards.settings import JUDGEMENTS
@@ -86,8 +88,9 @@ def _execute(
     directory = (run_dir or settings.run_dir).expanduser().resolve()
     _check(settings, directory)
     if fresh:
-        stages.start_over(directory, name, settings)
-    with cluster.connect(address):
+        with stages.alone(directory):
+            stages.start_over(directory, name, settings)
+    with stages.alone(directory), cluster.connect(address):
         module.run(settings, directory)
     if afterwards := getattr(module, "afterwards", None):
         afterwards(settings, directory)
@@ -130,8 +133,9 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def _own_command() -> str:
-    arguments = [argument for argument in sys.argv[1:] if argument != "--fresh"]
-    return f"python -m ray_jobs.{Path(sys.argv[0]).stem} {shlex.join(arguments)}"
+    """What was typed: `accord STAGE`, which became this process, or this module itself."""
+    module = f"python -m ray_jobs.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
+    return os.environ.get(COMMAND, module).replace(" --fresh", "")
 
 
 def _quieten() -> None:

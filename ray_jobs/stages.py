@@ -7,6 +7,7 @@ everything that it had finished before it was interrupted is found again by the 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import threading
@@ -22,6 +23,26 @@ from accord.errors import ArtifactError, ConfigError
 from accord.recipe import Recipe
 
 HEARTBEAT_S = 5.0
+LOCK = ".lock"
+
+
+@contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """Keeps every other process out of the run directory during the block. The lock ends with its process.
+
+    Where the file system knows no locks, nobody is kept out. Raises ConfigError when another one works there.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / LOCK, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another command is at work in {run_dir}. Wait until it has ended, or name another --run-dir"
+            ) from None
+        except OSError:
+            pass
+        yield
 
 
 @dataclass(frozen=True)

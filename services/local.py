@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 
 from accord.artifacts import write_file
-from accord.config import load_yaml
+from accord.config import load_yaml, resolve_path
 from accord.errors import AccordError, ConfigError
 from accord.tokens import default_secret_path, default_tokens_path, ensure_first_token
 from services.config import APP_NAME, SERVICER_FUNCTIONS, ServeConfig
@@ -289,6 +289,20 @@ def environment(
     return load_yaml(ServeConfig, path or ENVIRONMENTS / "local.yaml", overrides)
 
 
+def check_models(config: ServeConfig) -> None:
+    """On one machine a model that is not there is an error before anything starts. Raises ConfigError."""
+    for section, table in (
+        ("generation", config.generation.user_config),
+        ("reward", config.reward.user_config),
+    ):
+        for alias, directory in table.models.items():
+            if not resolve_path(directory).is_dir():
+                raise ConfigError(
+                    f"{section}.user_config.models.{alias}: there is no directory {directory}; "
+                    "expected that of a model, such as runs/demo/aligned"
+                )
+
+
 def main(
     environment_file: Annotated[
         Path | None, typer.Option("--environment", help="Serving config [default: the sandbox's weights].")
@@ -325,6 +339,7 @@ def main(
     stop.install()
     try:
         config = environment(environment_file, list(set_ or []), model, reward_model)
+        check_models(config)
         with serving(
             config,
             port=port,

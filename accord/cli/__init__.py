@@ -4,6 +4,7 @@ Replacing the process keeps this one light (no Ray, no torch), and leaves one co
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 import accord
+from accord.children import COMMAND
 from accord.cli import doctor as doctor_command
 from accord.cli import feedback, generation, operate, rating, tokens
 from accord.cli.common import errors_shown
@@ -53,6 +55,7 @@ def run_job(module: str, arguments: Sequence[str]) -> NoReturn:
 
 def run_module(module: str, arguments: Sequence[str]) -> NoReturn:
     """Becomes `python -m MODULE`."""
+    os.environ[COMMAND] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])

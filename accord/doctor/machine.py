@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -96,7 +97,11 @@ def probe(architecture: Architecture, batch: Rows, device: str, *, half: bool) -
         seconds = _time(run, device)
     what = "a step of this UNet" if whole else "a block of this UNet"
     kind = "bfloat16" if half else "float32"
-    return Speed(counter.get_total_flops() / seconds, f"measured: {what} in {kind}, here, for a second")
+    how = f"measured: {what} in {kind}, here, for a second"
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if device == "cpu" and load > cores / 2:
+        how += f". It is busy (load {load:.0f} on {cores} cores): they may be many times too long"
+    return Speed(counter.get_total_flops() / seconds, how)
 
 
 def _block_run(
@@ -128,7 +133,7 @@ def _filled(network: Any, device: str, dtype: torch.dtype) -> Any:
 
 
 def _time(run: Callable[[], None], device: str) -> float:
-    """Seconds a run: the median of as many as fit in about a second, at least two."""
+    """Seconds a run: the least of as many as fit in about a second, at least two (other work only adds)."""
     taken: list[float] = []
     begun_s = time.perf_counter()
     while len(taken) < 2 or time.perf_counter() - begun_s < _PROBE_S:
@@ -137,7 +142,7 @@ def _time(run: Callable[[], None], device: str) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - started_s)
-    return sorted(taken)[len(taken) // 2]
+    return min(taken)
 
 
 def _meminfo(key: str) -> int | None:

@@ -205,7 +205,7 @@ def _model_lines(found: Mapping[str, Any]) -> list[str]:
     return [
         f"{model['model']} is {', '.join(model['as'])} ({model['digest'][:12]}, of {model['recipe']})"
         for model in found["serving"]
-    ] or ["none serves: no model has the alias champion or canary"]
+    ] or ["none: no model of the registry has the alias champion or canary"]
 
 
 def _feedback_lines(found: Mapping[str, Any]) -> list[str]:

@@ -71,6 +71,10 @@ def test_ctrl_c_says_how_to_go_on(
     assert "python -m ray_jobs.collect --recipe 'my recipe.yaml'" in shown
     assert "--fresh" not in shown
 
+    monkeypatch.setenv("ACCORD_COMMAND", "accord collect --recipe mine.yaml --fresh")
+    assert _cli.guarded(interrupted) == 130
+    assert "  accord collect --recipe mine.yaml\n" in capsys.readouterr().err
+
 
 def test_a_bug_keeps_its_traceback() -> None:
     def bug() -> int:

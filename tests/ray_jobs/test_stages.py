@@ -23,6 +23,17 @@ def stage(steps: int = 3, seed: int = 0, model: str = "abc") -> Stage:
     return Stage("scores", "scores", {"sampler": {"steps": steps, "options": {}}}, seed, {"model": model})
 
 
+def test_a_run_directory_has_one_process_at_a_time(tmp_path: Path) -> None:
+    with stages.alone(tmp_path / "run"):
+        script = "import sys, pathlib, ray_jobs.stages as s; s.alone(pathlib.Path(sys.argv[1])).__enter__()"
+        other = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "run")], capture_output=True, text=True, check=False
+        )
+        assert "another command is at work in" in other.stderr
+    with stages.alone(tmp_path / "run"):
+        pass
+
+
 def test_a_stage_is_done_once_its_artifact_is_there(tmp_path: Path) -> None:
     assert not is_done(stage(), tmp_path)
     assert not is_done(stage(), tmp_path)  # noted as started, not as done

@@ -17,7 +17,7 @@ from accord.config import load_yaml, validate
 from accord.errors import AccordError, ConfigError
 from services.config import ModelTable, ServeConfig
 from services.gateway.errors import CODES, Reason, RequestError, Violation, invalid, rich_status
-from services.local import ENVIRONMENTS, environment
+from services.local import ENVIRONMENTS, check_models, environment
 from services.models import Shelf
 
 
@@ -166,3 +166,10 @@ def test_two_aliases_of_one_model_load_it_once_and_a_retired_one_can_return() ->
         assert shelf.catalogue().find("") == shelf.catalogue().find("digest A1")
 
     _run(test)
+
+
+@pytest.mark.parametrize("which", ["model", "reward_model"])
+def test_a_model_that_is_not_there_is_told_before_anything_starts(tmp_path: Path, which: str) -> None:
+    check_models(environment(None, []))
+    with pytest.raises(ConfigError, match=r"there is no directory .*/nowhere"):
+        check_models(environment(None, [], **{which: str(tmp_path / "nowhere")}))
