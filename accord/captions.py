@@ -2,17 +2,16 @@
 
 A *source* is a function that a recipe names as "module:function", called as
 `source(count, seed, **options) -> Iterator[CaptionedImage]`. The same arguments give the same images in the
-same order. Two ship here: `image_folder` and `parquet`; another is
-`accord.webdataset:shards`. Bring your own by writing such a function.
+same order. Two ship here, `image_folder` and `parquet`; another is `accord.webdataset:shards`. Bring your own
+by writing such a function. What a source gave is kept by captioned.py.
 
 Legend: H height and W width in pixels, C the three channels red, green, blue.
 """
 
 import dataclasses
 import inspect
-import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from accord.artifacts import Manifest, artifact_writer, read_manifest, verify
-from accord.config import Config, load_object, resolve_path
-from accord.errors import ArtifactError, ConfigError, ImageError
-from accord.images import Pixels, decode_image, encode_png
-from accord.tables import read_table
-
-CAPTIONED_KIND = "captioned_images"
-CAPTIONED_NAME = "captioned.parquet"
+from accord.config import load_object, resolve_path
+from accord.errors import ConfigError, ImageError
+from accord.images import Pixels, decode_image
 
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 _METADATA_NAME = "metadata.jsonl"
 _CAPTION_COLUMNS = ("caption", "text")
-_SCHEMA = pa.schema(
-    [pa.field("image", pa.binary(), nullable=False), pa.field("caption", pa.string(), nullable=False)]
-)
-_ROWS_PER_GROUP = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,92 +119,11 @@ def parquet(
     check_request(count, size)
     groups = [
         group
-        for file in _parquet_files(root)
+        for file in files_of(root, ".parquet", "Parquet file")
         for group in _row_groups(file, _parquet_columns(file, image_column, caption_column))
     ]
     check_count(count, sum(group.rows for group in groups), str(root))
     return _rows_of(groups, count, seed, size)
-
-
-def write_captioned(
-    source: Iterable[CaptionedImage],
-    directory: str | Path,
-    *,
-    inputs: Mapping[str, str],
-    config: Mapping[str, Any] | Config,
-    seed: int,
-) -> Manifest:
-    """Keep what a source gives, as PNG and caption, in one Parquet file in the order of the source.
-
-    Raises:
-        ConfigError: the source gives nothing, or something else than captioned images.
-        ImageError: an image that is not uint8 RGB.
-        StorageError: the disk is full. On any error, nothing is written.
-    """
-    with artifact_writer(directory, CAPTIONED_KIND, inputs=inputs, config=config, seed=seed) as temporary:
-        written = 0
-        rows = iter(_encoded(source))
-        # Settings of our own, not a later pyarrow's: the bytes are the digest. (PNG is compressed already.)
-        with pq.ParquetWriter(
-            temporary / CAPTIONED_NAME, _SCHEMA, version="2.6", compression="none", use_dictionary=False
-        ) as writer:
-            while batch := list(itertools.islice(rows, _ROWS_PER_GROUP)):
-                writer.write_table(pa.Table.from_pylist(batch, schema=_SCHEMA))
-                written += len(batch)
-        if not written:
-            raise ConfigError(f"the source of captioned images for {directory} gave none")
-    return read_manifest(directory)
-
-
-def read_captioned(directory: str | Path) -> tuple[list[bytes], list[str]]:
-    """The PNG files and the captions of what `write_captioned` wrote, in its order.
-
-    Raises:
-        ArtifactError: it is missing, was changed, or is something else.
-    """
-    verify(directory, CAPTIONED_KIND)
-    table = read_table(Path(directory) / CAPTIONED_NAME, _SCHEMA)
-    return table["image"].to_pylist(), table["caption"].to_pylist()
-
-
-def read_captions(directory: str | Path) -> list[str]:
-    """The captions alone of what `write_captioned` wrote, whose images may be more than memory holds.
-
-    Raises:
-        ArtifactError: it is missing, was changed, or is something else.
-    """
-    verify(directory, CAPTIONED_KIND)
-    with _open_captioned(directory) as file:
-        captions: list[str] = file.read(columns=["caption"])["caption"].to_pylist()
-    return captions
-
-
-def each_png(directory: str | Path, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """The PNG files `start` to `stop` (not included; None: the last too) of what `write_captioned` wrote, of
-    which a few hundred are in memory at a time. They are not checked against the manifest.
-
-    Raises:
-        ArtifactError: the file is missing, or is something else.
-    """
-    with _open_captioned(directory) as file:
-        first = 0
-        for group in range(file.metadata.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            wanted = slice(max(start - first, 0), rows if stop is None else max(stop - first, 0))
-            if wanted.start < min(wanted.stop, rows):
-                yield from file.read_row_group(group, columns=["image"])["image"][wanted].to_pylist()
-            first += rows
-
-
-def _open_captioned(directory: str | Path) -> pq.ParquetFile:
-    path = Path(directory) / CAPTIONED_NAME
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ArtifactError(f"{path} is no Parquet file: {error}") from None
-    if not file.schema_arrow.equals(_SCHEMA):
-        raise ArtifactError(f"{path} has the columns {file.schema_arrow.names}; expected {_SCHEMA.names}")
-    return file
 
 
 def resize_and_crop(image_HWC: Pixels, size: int) -> Pixels:
@@ -317,15 +226,6 @@ def _load(entry: _Entry, size: int | None) -> CaptionedImage:
     return CaptionedImage(decode_to(data, f"{entry.path} ({entry.where})", size), entry.caption)
 
 
-def _parquet_files(root: Path) -> list[Path]:
-    if root.is_file():
-        return [root]
-    files = sorted(root.rglob("*.parquet"))
-    if not files:
-        raise ConfigError(f"{root} is no Parquet file, and no folder that has one (*.parquet)")
-    return files
-
-
 def _parquet_columns(file: Path, image_column: str, caption_column: str | None) -> tuple[str, str]:
     """The names of the columns of images and of captions, which are there and of a type that we can read."""
     schema = _open_parquet(file).schema_arrow
@@ -357,15 +257,8 @@ def _row_groups(file: Path, columns: tuple[str, str]) -> Iterator[_RowGroup]:
 
 
 def _rows_of(groups: list[_RowGroup], count: int, seed: int, size: int | None) -> Iterator[CaptionedImage]:
-    generator = np.random.default_rng(seed)
-    ends = np.cumsum([group.rows for group in groups])
-    chosen = generator.permutation(ends[-1])[:count]
-    group_of_chosen = np.searchsorted(ends, chosen, side="right")
-    for number in generator.permutation(len(groups)):
-        group = groups[number]
-        rows = chosen[group_of_chosen == number] - (ends[number] - group.rows)
-        if len(rows):
-            yield from _read_rows(group, rows.tolist(), size)
+    for number, rows in chosen_of([group.rows for group in groups], count, seed):
+        yield from _read_rows(groups[number], rows, size)
 
 
 def _read_rows(group: _RowGroup, rows: list[int], size: int | None) -> Iterator[CaptionedImage]:
@@ -389,26 +282,37 @@ def _open_parquet(file: Path) -> pq.ParquetFile:
         raise ConfigError(f"{file} is no Parquet file: {error}") from None
 
 
-def _encoded(source: Iterable[CaptionedImage]) -> Iterator[dict[str, object]]:
-    for number, item in enumerate(source):
-        if not isinstance(item, CaptionedImage):
-            raise ConfigError(
-                f"image {number} of the source is a {type(item).__name__}; expected CaptionedImage"
-            )
-        caption = check_caption(item.caption, f"image {number} of the source")
-        try:
-            data = encode_png(item.image)
-        except ImageError as error:
-            raise ImageError(f"image {number} of the source: {error}") from None
-        yield {"image": data, "caption": caption}
-
-
 def decode_to(data: bytes, where: str, size: int | None) -> Pixels:
     try:
         image_HWC = decode_image(data)
     except ImageError as error:
         raise ImageError(f"{where}: {error}") from None
     return image_HWC if size is None else resize_and_crop(image_HWC, size)
+
+
+def files_of(root: Path, suffix: str, kind: str) -> list[Path]:
+    """The file itself, or all below a folder that end in `suffix`, in the order of their names."""
+    if root.is_file():
+        return [root]
+    files = sorted(root.rglob(f"*{suffix}"))
+    if not files:
+        raise ConfigError(f"{root} is no {kind}, and no folder that has one (*{suffix})")
+    return files
+
+
+def chosen_of(counts: list[int], count: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    """`count` of all that the parts hold (`counts`), chosen and shuffled by `seed`: the part, and what of it.
+
+    A part comes once, and not when nothing of it is chosen.
+    """
+    generator = np.random.default_rng(seed)
+    ends = np.cumsum(counts)
+    chosen = generator.permutation(ends[-1])[:count]
+    part_of_chosen = np.searchsorted(ends, chosen, side="right")
+    for part in generator.permutation(len(counts)):
+        places = chosen[part_of_chosen == part] - (ends[part] - counts[part])
+        if len(places):
+            yield int(part), places.tolist()
 
 
 def check_request(count: int, size: int | None) -> None:

@@ -13,9 +13,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from accord.captions import CaptionedImage, check_caption, check_count, check_request, decode_to
+from accord.captions import (
+    CaptionedImage,
+    check_caption,
+    check_count,
+    check_request,
+    chosen_of,
+    decode_to,
+    files_of,
+)
 from accord.config import resolve_path
 from accord.errors import ConfigError, ImageError
 
@@ -56,35 +62,19 @@ def shards(
     """
     root = resolve_path(path)
     check_request(count, size)
-    files = _shard_files(root)
+    files = files_of(root, ".tar", "tar file")
     counts = [len(_samples(file, caption_key)) for file in files]
     check_count(count, sum(counts), str(root))
     return _chosen(files, counts, count, seed, size, caption_key)
 
 
-def _shard_files(root: Path) -> list[Path]:
-    if root.is_file():
-        return [root]
-    files = sorted(root.rglob("*.tar"))
-    if not files:
-        raise ConfigError(f"{root} is no tar file, and no folder that has one (*.tar)")
-    return files
-
-
 def _chosen(
     files: list[Path], counts: list[int], count: int, seed: int, size: int | None, caption_key: str | None
 ) -> Iterator[CaptionedImage]:
-    generator = np.random.default_rng(seed)
-    ends = np.cumsum(counts)
-    chosen = generator.permutation(ends[-1])[:count]
-    shard_of_chosen = np.searchsorted(ends, chosen, side="right")
-    for number in generator.permutation(len(files)):
-        numbers = (chosen[shard_of_chosen == number] - (ends[number] - counts[number])).tolist()
-        if not numbers:
-            continue
+    for number, places in chosen_of(counts, count, seed):
         samples = _samples(files[number], caption_key)
         with tarfile.open(files[number], "r:") as shard:
-            for sample in (samples[place] for place in numbers):
+            for sample in (samples[place] for place in places):
                 where = f"{files[number]}, key {sample.key!r}"
                 caption = _caption(_content(shard, sample.text, where), sample.text.name, where, caption_key)
                 yield CaptionedImage(decode_to(_content(shard, sample.image, where), where, size), caption)

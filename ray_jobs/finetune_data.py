@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from accord.artifacts import load_tensors, read_manifest, save_tensors, sha256_bytes
-from accord.captions import each_png
+from accord.captioned import each_png
 from accord.cpu import use_cpu
 from accord.recipe import RayConfig, Recipe
 from ray_jobs import cluster, inputs, sources

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from accord.artifacts import Manifest, read_manifest
-from accord.captions import CAPTIONED_KIND, open_source, read_captioned, read_captions, write_captioned
+from accord.captioned import CAPTIONED_KIND, read_captioned, read_captions, write_captioned
+from accord.captions import open_source
 from accord.errors import ConfigError
 from accord.recipe import Recipe
 from ray_jobs.stages import Stage, is_done, timed

@@ -10,15 +10,8 @@ import pytest
 from PIL import Image
 
 from accord.artifacts import artifact_writer
-from accord.captions import (
-    CaptionedImage,
-    image_folder,
-    open_source,
-    parquet,
-    read_captioned,
-    resize_and_crop,
-    write_captioned,
-)
+from accord.captioned import read_captioned, write_captioned
+from accord.captions import CaptionedImage, image_folder, open_source, parquet, resize_and_crop
 from accord.errors import ArtifactError, ConfigError, ImageError
 from accord.images import Pixels, decode_image, encode_png
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from accord.captions import read_captioned
+from accord.captioned import read_captioned
 from accord.diffusion.conditioning import encode_conditioning
 from accord.diffusion.encode import encode_images
 from accord.diffusion.finetune_data import FinetuneData, load_data
