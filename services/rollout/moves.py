@@ -14,8 +14,9 @@ from accord.errors import AccordError
 from accord.registry.gate import DIFFUSION, Check
 from accord.registry.records import CANARY, CHAMPION, ModelVersion
 from accord.registry.registry import Registry, RegistryError
-from services.rollout.serving import Serving, UserConfigs
+from services.rollout.serving import Serving
 from services.rollout.sources import Gateway
+from services.rollout.user_configs import UserConfigs
 
 POLL_S = 0.2
 

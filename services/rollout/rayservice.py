@@ -17,8 +17,8 @@ from accord.config import validate
 from accord.errors import AccordError
 from services.config import GATEWAY, GENERATION, REWARD, ServeConfig
 from services.rollout.config import ServeEndpoint
-from services.rollout.serving import UserConfigs, with_user_configs
 from services.rollout.sources import SourceError
+from services.rollout.user_configs import UserConfigs, with_user_configs
 
 TIMEOUT_S = (10, 30)  # to connect, to be answered
 _KIND = ("ray.io", "v1")

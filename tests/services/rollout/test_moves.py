@@ -10,8 +10,8 @@ import pytest
 from accord.registry.gate import DIFFUSION
 from accord.registry.registry import Registry
 from services.rollout.moves import MoveError, Mover
-from services.rollout.serving import UserConfigs
 from services.rollout.sources import Gateway
+from services.rollout.user_configs import UserConfigs
 from tests.services.rollout.test_watch import Kept
 
 

@@ -21,8 +21,9 @@ from accord.registry.runs import find_models
 from accord.registry.settings import GateConfig
 from services.rollout.config import RolloutConfig, ServeEndpoint
 from services.rollout.metrics import RolloutMetrics
-from services.rollout.serving import ServeApi, UserConfigs
+from services.rollout.serving import ServeApi
 from services.rollout.sources import SourceError
+from services.rollout.user_configs import UserConfigs
 from services.rollout.watch import Rollout
 from tests.registry.run import GOOD, write_run
 
