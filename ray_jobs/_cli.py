@@ -87,11 +87,11 @@ def _execute(
         return run_as_job(str(address), name, recipe, overrides, run_dir, ["--fresh"] if fresh else [])
     directory = (run_dir or settings.run_dir).expanduser().resolve()
     _check(settings, directory)
-    if fresh:
-        with stages.alone(directory):
+    with stages.alone(directory):
+        if fresh:
             stages.start_over(directory, name, settings)
-    with stages.alone(directory), cluster.connect(address):
-        module.run(settings, directory)
+        with cluster.connect(address):
+            module.run(settings, directory)
     if afterwards := getattr(module, "afterwards", None):
         afterwards(settings, directory)
     return 0
@@ -134,8 +134,11 @@ def guarded(work: Callable[[], int]) -> int:
 
 def _own_command() -> str:
     """What was typed: `accord STAGE`, which became this process, or this module itself."""
-    module = f"python -m ray_jobs.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}"
-    return os.environ.get(COMMAND, module).replace(" --fresh", "")
+    typed = os.environ.get(COMMAND)
+    words = (
+        shlex.split(typed) if typed else ["python", "-m", f"ray_jobs.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    )
+    return shlex.join(word for word in words if word != "--fresh")
 
 
 def _quieten() -> None:
