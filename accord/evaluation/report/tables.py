@@ -103,6 +103,11 @@ def _plain(at: Estimate, digits: int) -> Cell:
     return Cell(fixed(at.value, digits), interval(at, digits, scale=1.0))
 
 
+def _kid(at: Estimate) -> Cell:
+    """Its kernel is of third degree: some thousandths with Inception's features, thousands with others."""
+    return _plain(at, 0 if at.value is not None and abs(at.value) >= 100 else 3)
+
+
 def _is_empty(cells: Sequence[Cell]) -> bool:
     return all(cell.text == DASH for cell in cells)
 
@@ -134,7 +139,7 @@ def fidelity(summary: Mapping[str, Any]) -> list[Row]:
         cells = [
             Cell(DASH if scale is None else f"{scale:g}"),
             _plain(estimate(summary, "fidelity", model, "frechet"), 1),
-            _plain(estimate(summary, "fidelity", model, "kid"), 3),
+            _kid(estimate(summary, "fidelity", model, "kid")),
             _plain(estimate(summary, "diversity", model), 2),
             _share(estimate(summary, "readable", model)),
         ]
