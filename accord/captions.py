@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from accord.config import load_object, resolve_path
 from accord.errors import ConfigError, ImageError
-from accord.images import Pixels, decode_image
+from accord.images import Pixels, decode_image, resize_and_crop
 
 _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 _METADATA_NAME = "metadata.jsonl"
@@ -124,19 +123,6 @@ def parquet(
     ]
     check_count(count, sum(group.rows for group in groups), str(root))
     return _rows_of(groups, count, seed, size)
-
-
-def resize_and_crop(image_HWC: Pixels, size: int) -> Pixels:
-    """The middle square of an image, `size` pixels wide: the shorter side is resized to it (Lanczos)."""
-    height, width = image_HWC.shape[:2]
-    if height == width == size:
-        return image_HWC
-    scale = size / min(height, width)
-    # One side is exactly `size`; rounding must not make the other shorter.
-    scaled = (max(size, round(width * scale)), max(size, round(height * scale)))
-    left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
-    picture = Image.fromarray(image_HWC).resize(scaled, Image.Resampling.LANCZOS)
-    return np.array(picture.crop((left, top, left + size, top + size)), dtype=np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,6 +88,19 @@ def check_digest(digest: str) -> None:
         raise ImageError(f"{digest!r} is no image digest; expected 64 hexadecimal digits")
 
 
+def resize_and_crop(image_HWC: Pixels, size: int) -> Pixels:
+    """The middle square of an image, `size` pixels wide: the shorter side is resized to it (Lanczos)."""
+    height, width = image_HWC.shape[:2]
+    if height == width == size:
+        return image_HWC
+    scale = size / min(height, width)
+    # One side is exactly `size`; rounding must not make the other shorter.
+    scaled = (max(size, round(width * scale)), max(size, round(height * scale)))
+    left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+    picture = Image.fromarray(image_HWC).resize(scaled, Image.Resampling.LANCZOS)
+    return np.array(picture.crop((left, top, left + size, top + size)), dtype=np.uint8)
+
+
 class ImageFolder:
     """PNG files named by the SHA-256 of their bytes: `root/ab/abcd....png`. Safe for many writers at once."""
 

@@ -26,10 +26,11 @@ from accord.diffusion.encode import encode_prompts
 from accord.diffusion.finetune import FinetuneConfig, FinetuneData, Finetuner
 from accord.diffusion.model import DiffusionModel, load_diffusion_model
 from accord.diffusion.sample import SamplerConfig, decode_latents, sample_latents
-from accord.guards.measures import Judge, Pixels, saturation
+from accord.guards.measures import Judge, saturation
 from accord.guards.probe import Probe
 from accord.guards.rule import Decision, Measured, decide
 from accord.guards.settings import Bound, GuardsConfig
+from accord.images import Pixels
 from accord.prompts import Category, PromptPlan, load_grammar
 from accord.reward.features import ClipEncoder
 from accord.shapes.evaluator import ShapesEvaluator

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 
 from accord.artifacts import load_tensors, read_manifest, write_file
 from accord.errors import AccordError, FeedbackError
-from accord.guards.measures import Judge, Pixels, make_judge
+from accord.guards.measures import Judge, make_judge
 from accord.guards.rule import HELD_OUT, REWARD, Decision, Measured, decide
 from accord.guards.settings import JUDGEMENTS, GuardsConfig
-from accord.images import encode_png
+from accord.images import Pixels, encode_png
 from accord.prompts import PromptPlan, load_grammar
 from accord.recipe import RayConfig, Recipe
 from accord.tracking import attach

@@ -10,7 +10,7 @@ from accord.config import resolve_path
 from accord.evaluation.config import SECOND_REWARDS
 from accord.images import ImageFolder
 from accord.recipe import Recipe
-from accord.reward.features import ClipEncoder
+from accord.reward.features import CONFIG_NAME, ClipEncoder
 from accord.reward.model import KIND, RewardModel
 from ray_jobs import inputs
 from ray_jobs.progress import bar
@@ -38,7 +38,7 @@ def score(recipe: Recipe, rows: pd.DataFrame, folder: ImageFolder) -> list[float
     """
     directory = resolve_path(recipe.evaluate.second_reward)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    learned = (directory / MANIFEST_NAME).is_file() and not (directory / "open_clip_config.json").is_file()
+    learned = (directory / MANIFEST_NAME).is_file() and not (directory / CONFIG_NAME).is_file()
     model = RewardModel.load(directory, device=device) if learned else None
     encoder = model.encoder if model is not None else ClipEncoder(directory, device)
     found: list[float] = []

@@ -11,9 +11,9 @@ from PIL import Image
 
 from accord.artifacts import artifact_writer
 from accord.captioned import read_captioned, write_captioned
-from accord.captions import CaptionedImage, image_folder, open_source, parquet, resize_and_crop
+from accord.captions import CaptionedImage, image_folder, open_source, parquet
 from accord.errors import ArtifactError, ConfigError, ImageError
-from accord.images import Pixels, decode_image, encode_png
+from accord.images import Pixels, decode_image, encode_png, resize_and_crop
 
 
 def plain(value: int, height: int = 4, width: int = 4) -> Pixels:

@@ -5,12 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
-
 from accord.artifacts import sha256_bytes
 from accord.errors import FeedbackError
-from accord.images import ImageFolder, Pixels, decode_image, encode_png
+from accord.images import ImageFolder, decode_image, encode_png, resize_and_crop
 
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
@@ -76,12 +73,7 @@ class ImageSource:
         if name not in self._known:
             pixels_HWC = decode_image(data)
             if self._size_px is not None:
-                pixels_HWC = _square(pixels_HWC, self._size_px)
+                pixels_HWC = resize_and_crop(pixels_HWC, self._size_px)
             height, width = pixels_HWC.shape[:2]
             self._known[name] = KeptImage(self._folder.put(encode_png(pixels_HWC)), width, height)
         return self._known[name]
-
-
-def _square(pixels_HWC: Pixels, size_px: int) -> Pixels:
-    fitted = ImageOps.fit(Image.fromarray(pixels_HWC), (size_px, size_px), Image.Resampling.LANCZOS)
-    return np.array(fitted, dtype=np.uint8)

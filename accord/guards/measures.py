@@ -15,8 +15,9 @@ from torch import Tensor
 
 from accord.config import load_object
 from accord.errors import ConfigError
+from accord.evaluation.fidelity import diversity_by_prompt
+from accord.images import Pixels
 
-Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 Judge = Callable[[Pixels, Sequence[str]], ArrayLike]
 """(images_BHWC, prompts) -> one number an image: a reward, or another measure."""
@@ -59,15 +60,10 @@ def edge_density(images_BHWC: Pixels) -> Floats:
 
 
 def diversity(features_BD: ArrayLike, prompt_B: ArrayLike) -> Floats:
-    """Mean distance of each image's features to those of the other images of its prompt; NaN without any."""
-    features, prompts = np.asarray(features_BD, dtype=float), np.asarray(prompt_B)
-    distance_B = np.full(len(features), np.nan)
-    for prompt in np.unique(prompts):
-        rows = np.flatnonzero(prompts == prompt)
-        if len(rows) > 1:
-            gaps = features[rows, None, :] - features[None, rows, :]
-            distance_B[rows] = np.sqrt((gaps**2).sum(axis=2)).sum(axis=1) / (len(rows) - 1)
-    return distance_B
+    """Of each image's prompt, the mean distance between two of its images; NaN for a lone image."""
+    distance_P, prompt_P = diversity_by_prompt(features_BD, prompt_B)
+    distances = dict(zip(prompt_P.tolist(), distance_P.tolist(), strict=True))
+    return np.array([distances.get(str(prompt), np.nan) for prompt in np.asarray(prompt_B)])
 
 
 def prediction_distance(prediction_BCHW: Tensor, reference_BCHW: Tensor) -> Tensor:

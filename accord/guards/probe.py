@@ -22,8 +22,9 @@ from accord.diffusion.objectives import add_noise
 from accord.diffusion.sample import SamplerConfig, autocast, decode_latents, initial_noise, sample_latents
 from accord.errors import ArtifactError, ConfigError
 from accord.guards import measures
-from accord.guards.measures import Judge, Pixels
+from accord.guards.measures import Judge
 from accord.guards.rule import HELD_OUT, REWARD, Measured
+from accord.images import Pixels
 
 
 class Probe:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from accord.guards.measures import Judge, Pixels
+from accord.guards.measures import Judge
+from accord.images import Pixels
 from accord.prompts import load_grammar
 from accord.shapes.evaluator import ShapesEvaluator
 from accord.shapes.scene import COUNTS
