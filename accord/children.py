@@ -7,6 +7,7 @@ does: a job that is killed cannot stop its children, but its end of the pipe clo
 import contextlib
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from accord.errors import AccordError
 
@@ -23,6 +25,14 @@ STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.1
 
 Child = subprocess.Popen[bytes]
+
+
+def become(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Becomes `python -m MODULE ARGUMENTS`: options, Ctrl-C, exit status and terminal are its own."""
+    typed = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], {**os.environ, COMMAND: typed})
 
 
 @contextlib.contextmanager

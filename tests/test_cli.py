@@ -28,7 +28,7 @@ JOBS = {
 }
 
 
-class Executed(Exception):  # noqa: N818 (no error: execv ends this program)
+class Executed(Exception):  # noqa: N818 (no error: execve ends this program)
     pass
 
 
@@ -36,12 +36,12 @@ class Executed(Exception):  # noqa: N818 (no error: execv ends this program)
 def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     calls: list[list[str]] = []
 
-    def execv(path: str, arguments: list[str]) -> None:
+    def execve(path: str, arguments: list[str], environment: dict[str, str]) -> None:
         assert path == sys.executable
         calls.append(arguments)
         raise Executed
 
-    monkeypatch.setattr(cli.os, "execv", execv)
+    monkeypatch.setattr("os.execve", execve)
     return calls
 
 

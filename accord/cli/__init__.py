@@ -3,9 +3,6 @@
 Replacing the process keeps this one light (no Ray, no torch), and leaves one copy of each stage's options.
 """
 
-import os
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -14,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 import accord
-from accord.children import COMMAND
+from accord.children import become
 from accord.cli import doctor as doctor_command
 from accord.cli import feedback, generation, operate, rating, tokens
 from accord.cli.common import errors_shown
@@ -50,15 +47,7 @@ app.add_typer(feedback.app, name="feedback", rich_help_panel="People's judgement
 
 def run_job(module: str, arguments: Sequence[str]) -> NoReturn:
     """Becomes `python -m ray_jobs.MODULE`: Ctrl-C, exit status and terminal are the job's own."""
-    run_module(f"ray_jobs.{module}", arguments)
-
-
-def run_module(module: str, arguments: Sequence[str]) -> NoReturn:
-    """Becomes `python -m MODULE`."""
-    os.environ[COMMAND] = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+    become(f"ray_jobs.{module}", arguments)
 
 
 def demo_recipe() -> Path:
@@ -171,7 +160,7 @@ def study(context: typer.Context) -> None:
 @app.command(context_settings=_PASS_ON, rich_help_panel="Serving")
 def serve(context: typer.Context) -> None:
     """Serve scored generations over gRPC on this machine, until Ctrl-C."""
-    run_module("services.local", context.args)
+    become("services.local", context.args)
 
 
 class _ScoreCommand(TyperCommand):

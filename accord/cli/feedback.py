@@ -2,16 +2,15 @@
 
 import contextlib
 import json
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from accord.children import become
 from accord.errors import AccordError, FeedbackError
 
 if TYPE_CHECKING:
@@ -53,20 +52,13 @@ _out = Console(soft_wrap=True, highlight=False)
 @app.command(context_settings=_PASS_ON)
 def serve(context: typer.Context) -> None:
     """Serve the rating page, gRPC and metrics until Ctrl-C or SIGTERM."""
-    _become_service("serve", context.args)
+    become("services.feedback", ["serve", *context.args])
 
 
 @app.command(context_settings=_PASS_ON)
 def invite(context: typer.Context) -> None:
     """Make an invite link to the rating page for each rater."""
-    _become_service("invite", context.args)
-
-
-def _become_service(command: str, arguments: Sequence[str]) -> NoReturn:
-    """Becomes `python -m services.feedback`: options, Ctrl-C and exit status are its own."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "services.feedback", command, *arguments])
+    become("services.feedback", ["invite", *context.args])
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """`accord job` and `accord status`, which become `python -m ray_jobs.operate`; that one needs Ray."""
 
-import os
 import sys
 
 import typer
+
+from accord.children import become
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -13,13 +14,13 @@ app = typer.Typer()
 @app.command(context_settings=_PASS_ON, rich_help_panel="Operating")
 def job(context: typer.Context) -> None:
     """Submit, list, follow and stop jobs on a Ray cluster or on Kubernetes."""
-    _become("job", context.args)
+    become("ray_jobs.operate", ["job", *context.args])
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Operating")
 def status(context: typer.Context) -> None:
     """Services, jobs, models in service and feedback waiting."""
-    _become("status", context.args)
+    become("ray_jobs.operate", ["status", *context.args])
 
 
 @app.command(context_settings=_PASS_ON, rich_help_panel="Operating")
@@ -28,10 +29,3 @@ def models(context: typer.Context) -> None:
     from accord.registry.commands import app as commands
 
     sys.exit(commands(context.args, prog_name="accord models"))
-
-
-def _become(command: str, arguments: list[str]) -> None:
-    """Replaces this process: Ctrl-C, exit status and terminal are the command's own."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "ray_jobs.operate", command, *arguments])

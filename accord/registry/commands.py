@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import getpass
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
+from accord.children import become
 from accord.errors import AccordError, ConfigError
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
@@ -313,9 +312,7 @@ def _move(command: list[str], serve: Path, why: str, by: str | None, registry: s
     """Becomes the process that may speak gRPC and ask Serve or Kubernetes."""
     options = ["--serve", str(serve), "--why", why, "--by", by or _user()]
     options += ["--registry", registry] if registry else []
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "services.rollout.move", *command, *options])
+    become("services.rollout.move", [*command, *options])
 
 
 def _registry(uri: str | None) -> Registry:

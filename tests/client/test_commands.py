@@ -120,13 +120,13 @@ def test_score_prints_a_table_best_first(faulty: Faulty) -> None:
 
 
 def test_score_with_a_recipe_is_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Executed(Exception):  # noqa: N818 (no error: execv ends this program)
+    class Executed(Exception):  # noqa: N818 (no error: execve ends this program)
         pass
 
-    def execv(path: str, arguments: list[str]) -> None:
+    def execve(path: str, arguments: list[str], environment: dict[str, str]) -> None:
         raise Executed(arguments)
 
-    monkeypatch.setattr(cli.os, "execv", execv)
+    monkeypatch.setattr("os.execve", execve)
     for arguments in (["--recipe", "r.yaml", "--set", "a=1"], ["--recipe=r.yaml"]):
         done = invoke("score", *arguments)
         assert done.exception.args[0][1:] == ["-m", "ray_jobs.score", *arguments]

@@ -61,6 +61,7 @@ def test_known_errors_end_in_one_message_and_code_2(capsys: pytest.CaptureFixtur
 def test_ctrl_c_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("ACCORD_COMMAND", raising=False)
     monkeypatch.setattr("sys.argv", ["/x/ray_jobs/collect.py", "--recipe", "my recipe.yaml", "--fresh"])
 
     def interrupted() -> int:
