@@ -19,6 +19,8 @@ from tests.lanes import missing
 FOLDER = Path(__file__).parents[2] / "docker"
 TEXT = (FOLDER / "compose.yaml").read_text(encoding="utf-8")
 Compose = dict[str, Any]
+MAY_WRITE = {("feedback", "../runs/sandbox-demo/images")}
+"""Who may write to the checkout, and where: what is recorded lies beside what a run collected."""
 
 
 def problems(compose: Compose) -> Iterator[str]:
@@ -46,7 +48,7 @@ def problems(compose: Compose) -> Iterator[str]:
                 yield f"{name}: {port} can be reached from outside"
         for volume in service.get("volumes", []):
             source = volume.partition(":")[0]
-            if source.startswith(".") and not volume.endswith(":ro"):
+            if source.startswith(".") and not volume.endswith(":ro") and (name, source) not in MAY_WRITE:
                 yield f"{name}: can write to the checkout ({source})"
             if not source.startswith((".", "/")) and source not in compose["volumes"]:
                 yield f"{name}: {source} is no volume"
@@ -91,7 +93,7 @@ def test_a_broken_rule_is_caught(message: str) -> None:
 
 
 def test_what_is_mounted_is_there() -> None:
-    made_by_users = {"../models", "../runs"}
+    made_by_users = {"../models", "../runs", *(source for _, source in MAY_WRITE)}
     for name, service in _load()["services"].items():
         for volume in service.get("volumes", []):
             source = volume.partition(":")[0]
@@ -138,8 +140,43 @@ def test_the_services_read_their_configs() -> None:
     load_yaml(FeedbackServiceConfig, FOLDER / "compose" / "feedback.yaml")
     rollout = load_yaml(RolloutConfig, FOLDER / "compose" / "rollout.yaml")
     assert rollout.serve.url.endswith(":8265")
-    for endpoint in (rollout.gateway, rollout.serve):  # by names that a container has as secrets
-        assert Path(endpoint.token_file).name in _load()["services"]["rollout"]["secrets"]
+    assert rollout.feedback is not None  # what is recorded is judged: people speak for and against a canary
+    for endpoint in (rollout.gateway, rollout.feedback, rollout.serve):
+        assert _is_secret_of(endpoint.token_file, "rollout")
+
+
+def test_what_is_served_is_recorded() -> None:
+    from accord.config import load_yaml, validate
+    from services.config import ServeConfig
+    from services.feedback.config import FeedbackServiceConfig
+
+    config = yaml.safe_load((FOLDER / "compose" / "serve.yaml").read_text(encoding="utf-8"))
+    record = validate(
+        ServeConfig, config["applications"][0]["args"], "compose/serve.yaml"
+    ).gateway.user_config.record
+    assert record is not None
+    assert record.share > 0
+    feedback = load_yaml(FeedbackServiceConfig, FOLDER / "compose" / "feedback.yaml")
+    assert record.url == f"feedback:{feedback.grpc_port}"
+    assert _is_secret_of(record.token_file, "serve")
+    services = _load()["services"]
+    assert set(services["serve"]["networks"]) & set(services["feedback"]["networks"])
+    assert f"../runs/sandbox-demo/images:{feedback.images}" in services["feedback"]["volumes"]  # not :ro
+
+
+def _is_secret_of(path: str, service: str) -> bool:
+    """Whether a config's path is where Docker puts one of the container's secrets."""
+    compose = _load()
+    file = Path(path)
+    return str(file.parent) == "/run/secrets" and file.name in compose["services"][service]["secrets"]
+
+
+def test_each_secret_is_made_by_the_documentation() -> None:
+    page = (FOLDER.parent / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    _, _, steps = page.partition("## One box without Kubernetes")
+    for secret in _load()["secrets"].values():
+        name = Path(secret["file"]).name
+        assert re.search(rf"(> |--file | ){re.escape(name)}\b", steps.partition("docker compose")[0]), name
 
 
 def test_the_proxy_leads_to_services_ports() -> None:
