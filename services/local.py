@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -28,6 +28,7 @@ from rich.console import Console
 from accord.artifacts import write_file
 from accord.config import load_yaml, resolve_path
 from accord.errors import AccordError, ConfigError
+from accord.local_servers import LocalServer, announced
 from accord.tokens import default_secret_path, default_tokens_path, ensure_first_token
 from services.config import APP_NAME, SERVICER_FUNCTIONS, ServeConfig
 from services.managed import cause, deploy, make_ray_token, write_manage_file
@@ -48,22 +49,6 @@ ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a local application answers."""
-
-    address: str
-    """host:port of gRPC, without TLS."""
-    tokens_path: str
-    secret_path: str
-    """The file with the text of the first token; it may have been moved away since."""
-    metrics_address: str
-    """http://host:port/metrics, for Prometheus."""
-    process_id: int
-    dashboard: str = ""
-    """http://host:port of Ray's dashboard, where there is one."""
-
-
 @contextlib.contextmanager
 def serving(
     config: ServeConfig,
@@ -74,7 +59,7 @@ def serving(
     secret_path: str | Path | None = None,
     manage: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> Iterator[Endpoint]:
+) -> Iterator[LocalServer]:
     """Serves during the block. Starts Ray in this process, which must not have it yet.
 
     Args:
@@ -109,7 +94,7 @@ def serving(
         with _quiet_stderr():
             metrics_address = _start_ray(config, public, dashboard_port)
         say("Loading the models")
-        endpoint = Endpoint(
+        endpoint = LocalServer(
             f"127.0.0.1:{port}",
             str(tokens_path),
             str(secret_path),
@@ -353,7 +338,8 @@ def main(
             _tell(console, endpoint)
             if endpoint_file is not None:
                 write_file(endpoint_file, json.dumps(asdict(endpoint), indent=2) + "\n")
-            stop.wait()
+            with _found_by_status(endpoint, console):
+                stop.wait()
     except KeyboardInterrupt:
         pass
     except AccordError as error:
@@ -362,7 +348,18 @@ def main(
     console.print("Stopped.")
 
 
-def _tell(console: Console, endpoint: Endpoint) -> None:
+@contextlib.contextmanager
+def _found_by_status(endpoint: LocalServer, console: Console) -> Iterator[None]:
+    """A home that cannot be written to is no reason not to serve."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(announced(endpoint))
+        except OSError as error:
+            console.print(f"[dim]`accord status` will not find this server: {error}[/]")
+        yield
+
+
+def _tell(console: Console, endpoint: LocalServer) -> None:
     console.print(
         f"[bold]Serving at {endpoint.address}[/] (gRPC, plaintext); metrics at {endpoint.metrics_address}"
     )

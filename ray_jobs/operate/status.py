@@ -10,10 +10,12 @@ from typing import Any
 
 from accord.config import environment_value
 from accord.errors import AccordError
+from accord.local_servers import LocalServer, local_servers
 from ray_jobs.operate.commands import table
 from ray_jobs.operate.jobs import Job
 
 _SHOWN_JOBS = 5
+_ASK_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,49 @@ def _services(sources: Sources) -> dict[str, Any]:
     if sources.kubernetes:
         return {"applications": [_ray_service(item) for item in _kubernetes(sources).services()]}
     if sources.address is None:
-        return {"missing": "no --address of a Ray cluster, and no --kubernetes"}
+        found = [_local(server) for server in local_servers()]
+        if not found:
+            return {
+                "missing": "no `accord serve` runs on this machine; for what serves elsewhere give --address "
+                "of a Ray cluster, or --kubernetes"
+            }
+        return {"applications": found}
     from ray_jobs.operate.ray_api import RayApi
 
     details = RayApi(sources.address).serve_details()
     return {"applications": [_application(name, found) for name, found in sorted(details.items())]}
+
+
+def _local(server: LocalServer) -> dict[str, Any]:
+    """An `accord serve` of this machine, with the models that it says it has loaded."""
+    from accord.client import Client, RetryPolicy
+    from accord.client.errors import ClientError, Unavailable
+
+    about = {
+        "name": f"accord serve at {server.address}",
+        "process_id": server.process_id,
+        "metrics": server.metrics_address,
+        "token_file": server.secret_path,
+    }
+    token_file = server.secret_path if Path(server.secret_path).is_file() else None
+    try:
+        with Client(server.address, token_file=token_file, retry=RetryPolicy(max_attempts=1)) as client:
+            models = client.models(timeout_s=_ASK_TIMEOUT_S)
+    except ClientError as error:
+        status = "NOT ANSWERING" if isinstance(error, Unavailable) else "RUNNING"
+        return {**about, "status": status, "message": f"its models are not known: {error}", "deployments": []}
+    loaded = [
+        {
+            "name": f"{model.kind} {model.alias}",
+            "status": f"loaded{', default' if model.is_default else ''}",
+            "running": None,
+            "wanted": None,
+            "message": f"({model.digest[:12]})",
+        }
+        for model in models
+    ]
+    message = f"(process {server.process_id}, metrics at {server.metrics_address})"
+    return {**about, "status": "RUNNING", "message": message, "deployments": loaded}
 
 
 def _application(name: str, details: Mapping[str, Any]) -> dict[str, Any]:

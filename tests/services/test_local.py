@@ -61,6 +61,9 @@ def test_serve_starts_answers_and_stops_by_sigint_that_its_parent_ignored(tmp_pa
             assert len(answer.images) == 1
             port = int(endpoint["address"].rpartition(":")[2])
             assert not _listens_elsewhere(port)
+            shown = _status(tmp_path, root)
+            assert f"accord serve at {endpoint['address']}: RUNNING (process {process.pid}" in shown
+            assert "diffusion base: loaded, default" in shown
             process.send_signal(signal.SIGINT)
             assert process.wait(120) == 0
         finally:
@@ -73,6 +76,20 @@ def test_serve_starts_answers_and_stops_by_sigint_that_its_parent_ignored(tmp_pa
     assert "accord generate" in text
     assert text.rstrip().endswith("Stopped.")
     assert "Traceback" not in text
+
+
+def _status(tmp_path: Path, root: Path) -> str:
+    """What `accord status` says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "accord.cli", "status", "--registry", f"sqlite:///{tmp_path / 'none.db'}"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "ACCORD_HOME": str(tmp_path / "home")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
 
 
 def _listens_elsewhere(port: int) -> bool:

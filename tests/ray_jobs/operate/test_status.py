@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from typer.testing import CliRunner
 
+from accord.local_servers import LocalServer, announced, local_servers
 from accord.registry.registry import Registry
 from accord.registry.runs import find_models
 from accord.registry.settings import GateConfig
 from ray_jobs.operate.commands import app
+from tests.client import server
 from tests.ray_jobs.operate.kube_server import KubernetesServer
 from tests.registry.run import GOOD, write_run
 
@@ -56,11 +63,11 @@ class Dashboard(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def dashboard() -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dashboard)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dashboard)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{listener.server_address[1]}"
+    listener.shutdown()
+    listener.server_close()
 
 
 def status(*arguments: str) -> str:
@@ -102,11 +109,54 @@ def test_what_is_missing_is_named_and_stops_nothing(tmp_path: Path) -> None:
     assert "env:NOT_THERE" not in status("--feedback", "env:ACCORD_NOT_THERE")
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("ACCORD_TOKEN", "ACCORD_CA_FILE", "ACCORD_JOBS_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCORD_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_a_server_of_this_machine_is_shown_while_it_runs(home: Path, tmp_path: Path) -> None:
+    registry = ("--registry", f"sqlite:///{tmp_path / 'none.db'}")
+    secret = tmp_path / "token"
+    secret.write_text(server.TOKEN + "\n")
+    with server.serve() as faulty:
+        address = faulty.target
+        here = LocalServer(address, "tokens.yaml", str(secret), "http://127.0.0.1:1/metrics", os.getpid())
+        with announced(here):
+            shown = status(*registry)
+            assert f"accord serve at {address}: RUNNING (process {os.getpid()}" in shown
+            assert f"diffusion base: loaded, default ({'m' * 12})" in shown
+            assert "reward reward: loaded (" in shown
+            assert faulty.metadata[-1]["authorization"] == f"Bearer {server.TOKEN}"
+            assert server.TOKEN not in status(*registry, "--json")
+            faulty.faults = [server.Fault(grpc.StatusCode.UNAUTHENTICATED)]
+            assert f"accord serve at {address}: RUNNING its models are not known" in status(*registry)
+    with announced(here):
+        assert f"accord serve at {address}: NOT ANSWERING" in status(*registry)
+    assert "no `accord serve` runs on this machine" in status(*registry)
+
+
+def test_a_server_that_was_killed_is_not_shown(home: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, signal; from accord.local_servers import *\n"
+        "with announced(LocalServer('localhost:1', '', '', '', os.getpid())):\n"
+        "    print(len(local_servers()), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "1\n")
+    assert len(list((home / "serving").glob("*.json"))) == 1  # it is left
+    assert local_servers() == []
+    with announced(LocalServer("localhost:2", "", "", "", os.getpid())):  # and swept by the next one
+        assert [path.stem for path in (home / "serving").glob("*.json")] == [str(os.getpid())]
+
+
 def test_services_and_jobs_of_kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = KubernetesServer()
-    monkeypatch.setenv("KUBECONFIG", str(server.write_kubeconfig(tmp_path / "kubeconfig")))
+    cluster = KubernetesServer()
+    monkeypatch.setenv("KUBECONFIG", str(cluster.write_kubeconfig(tmp_path / "kubeconfig")))
     deployments = {"Gateway": {"status": "UNHEALTHY", "message": "no GPU"}}
-    server.services["accord"] = {
+    cluster.services["accord"] = {
         "metadata": {"name": "accord"},
         "status": {
             "conditions": [{"type": "Ready", "status": "False", "message": "no endpoints"}],
@@ -115,14 +165,14 @@ def test_services_and_jobs_of_kubernetes(tmp_path: Path, monkeypatch: pytest.Mon
             },
         },
     }
-    server.jobs["mine"] = {
+    cluster.jobs["mine"] = {
         "metadata": {"name": "mine", "labels": {"accord.dev/stage": "loop"}},
         "status": {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"},
     }
     try:
         shown = status("--kubernetes", "--registry", f"sqlite:///{tmp_path / 'none.db'}")
     finally:
-        server.close()
+        cluster.close()
     assert "accord: NOT READY no endpoints" in shown
     assert "accord/Gateway: UNHEALTHY no GPU" in shown
     assert "mine" in shown
