@@ -18,6 +18,8 @@ from accord.errors import ConfigError
 
 PACKAGE_SCHEME = "pkg://"
 ENVIRONMENT_SCHEME = "env:"
+DATABASE_VARIABLE = "ACCORD_DATABASE_URL"
+"""Of the environment: the URL of the database of judgements, for every command that asks for one."""
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from accord.children import become
+from accord.config import DATABASE_VARIABLE
 from accord.errors import AccordError, FeedbackError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ UrlOption = Annotated[
     str,
     typer.Option(
         "--url",
-        envvar="ACCORD_FEEDBACK_URL",
+        envvar=DATABASE_VARIABLE,
         help="SQLAlchemy URL of the feedback store.",
         show_default=False,
     ),

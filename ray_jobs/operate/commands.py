@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from accord.config import DATABASE_VARIABLE
 from accord.errors import AccordError, ConfigError
 from ray_jobs.operate import jobs
 from ray_jobs.operate.jobs import STAGES, Backend, Job, make_submission, resolve
@@ -158,7 +159,7 @@ def status(
         str | None,
         typer.Option(
             "--feedback",
-            envvar="ACCORD_DATABASE_URL",
+            envvar=DATABASE_VARIABLE,
             show_envvar=True,
             help="Store of judgements: SQLAlchemy URL, or env:NAME.",
         ),

@@ -18,7 +18,7 @@ def url(tmp_path: Path, sqlite_store: FeedbackStore, candidate: MakeCandidate) -
 
 
 def run(*arguments: str, url: str = "", status: int = 0) -> Result:
-    environment = {"ACCORD_FEEDBACK_URL": url, "COLUMNS": "200"}
+    environment = {"ACCORD_DATABASE_URL": url, "COLUMNS": "200"}
     result = CliRunner().invoke(app, ["feedback", *arguments], env=environment)
     assert result.exit_code == status, result.output
     return result

@@ -76,7 +76,9 @@ def status(*arguments: str) -> str:
     return str(result.output)
 
 
-def test_everything_that_answers_is_shown(dashboard: str, tmp_path: Path) -> None:
+def test_everything_that_answers_is_shown(
+    dashboard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = write_run(tmp_path / "run", summary=GOOD)
     store = f"sqlite:///{tmp_path / 'models.db'}"
     registry = Registry(store)
@@ -92,7 +94,9 @@ def test_everything_that_answers_is_shown(dashboard: str, tmp_path: Path) -> Non
     assert "accord-diffusion/1 is champion" in shown
     assert "accord-reward" not in shown  # registered, but does not serve
     assert "1 of 2 images wait for their 2 judgement(s); 3 were given" in shown
-    parts = json.loads(status(*arguments, "--address", dashboard, "--json"))
+    monkeypatch.setenv("ACCORD_DATABASE_URL", feedback)  # as `accord feedback` has it
+    parts = json.loads(status("--registry", store, "--address", dashboard, "--json"))
+    assert parts["feedback"]["judgements"] == 3
     assert set(parts) == {"services", "jobs", "models", "feedback"}
 
 
