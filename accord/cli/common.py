@@ -1,16 +1,22 @@
 """What the commands share: how an error is shown, and with which exit status they leave."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from accord.errors import AccordError
+from accord.errors import AccordError, ConfigError
 
 # What a user can mend; typer's own errors of usage leave with the same.
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
+
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what is there already under the same name.")
+]
 
 
 def stderr() -> Console:
@@ -31,3 +37,32 @@ def errors_shown() -> Iterator[None]:
     except KeyboardInterrupt:
         stderr().print("Stopped.")
         raise typer.Exit(INTERRUPTED_STATUS) from None
+
+
+def refuse_to_overwrite(files: Iterable[Path], overwrite: bool) -> None:
+    """Before any work is done. Raises ConfigError: one of the files is there, and nobody said --overwrite."""
+    there = [] if overwrite else [path for path in files if path.exists() or path.is_symlink()]
+    if there:
+        others = f" (and {len(there) - 1} more)" if len(there) > 1 else ""
+        raise ConfigError(f"{there[0]}{others} is there already: name another place, or give --overwrite")
+
+
+def refuse_to_replace(directory: Path, kind: str, overwrite: bool) -> None:
+    """An artifact is replaced as a whole, so a folder that holds something else never is.
+
+    Raises:
+        ConfigError: it holds something else, or what is to be replaced and nobody said --overwrite.
+    """
+    from accord.artifacts import read_manifest
+
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    try:
+        known = read_manifest(directory).kind == kind
+    except AccordError:
+        known = False
+    if not known:
+        raise ConfigError(
+            f"{directory} holds something else than a {kind.replace('_', ' ')}: name another place"
+        )
+    refuse_to_overwrite([directory], overwrite)

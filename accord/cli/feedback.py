@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from accord.children import become
+from accord.cli.common import OverwriteOption, refuse_to_overwrite, refuse_to_replace
 from accord.config import DATABASE_VARIABLE
 from accord.errors import AccordError, FeedbackError
 
@@ -276,15 +277,17 @@ def affected(
 
 @app.command()
 def snapshot(
-    directory: Annotated[Path, typer.Argument(help="Where to write it; what is there is replaced.")],
+    directory: Annotated[Path, typer.Argument(help="Where to write it.")],
     url: UrlOption,
     aggregation: Annotated[str, typer.Option(help="majority or weighted.")] = "majority",
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Write an immutable, digested snapshot of what counts now."""
     from accord.feedback import FeedbackStore
-    from accord.feedback.snapshot import write_snapshot
+    from accord.feedback.snapshot import SNAPSHOT_KIND, write_snapshot
 
     with _errors(), FeedbackStore(url) as store:
+        refuse_to_replace(directory, SNAPSHOT_KIND, overwrite)
         manifest = write_snapshot(store, directory, inputs={}, seed=0, aggregation=aggregation)
     _out.print(f"{manifest.digest} {_plain(str(directory))}")
 
@@ -295,6 +298,7 @@ def export_command(
     url: UrlOption,
     kind: FormatOption = None,
     images: ImagesOption = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Write all judgements that count; a folder is one for Hugging Face datasets, with the images."""
     from accord.feedback import FeedbackStore
@@ -302,6 +306,8 @@ def export_command(
     from accord.images import ImageFolder
 
     with _errors(), FeedbackStore(url) as store:
+        if not path.is_dir():  # a folder that holds anything is refused, whatever is said
+            refuse_to_overwrite([path], overwrite)
         folder = None if images is None else ImageFolder(images)
         number = export_judgements(store, path, kind=kind, images=folder)
     _out.print(f"{number} judgements in {_plain(str(path))}")

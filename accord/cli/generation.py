@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from accord.cli.common import errors_shown, stderr
+from accord.cli.common import OverwriteOption, errors_shown, refuse_to_overwrite, stderr
 from accord.cli.connection import (
     CaFileOption,
     CertificateOption,
@@ -42,6 +42,7 @@ def generate(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The folder for images, contact sheet and manifest.")
     ] = Path("out"),
+    overwrite: OverwriteOption = False,
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same images.", min=0)] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1, rich_help_panel=_PANEL)] = None,
     guidance_scale: Annotated[
@@ -83,7 +84,7 @@ def generate(
     """Draw images for a prompt, and keep those with the highest reward.
 
     Writes the images (01.png is the best), a contact sheet of all candidates, and a manifest from which
-    `accord replay` makes any of them again.
+    `accord replay` makes any of them again. What is there already is only replaced with --overwrite.
     """
     options: dict[str, Any] = {
         "num_images": num_images,
@@ -105,6 +106,9 @@ def generate(
     with errors_shown():
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{out} is a file; expected a folder for the images (-o FOLDER)")
+        numbers = range(1, num_images + 1)
+        images = [out / f"{number:02d}{suffix}" for number in numbers for suffix in (".png", ".jpg", ".webp")]
+        refuse_to_overwrite([*images, out / SHEET_NAME, out / MANIFEST_NAME], overwrite)
         with connect(endpoint, token_file, ca_file, certificate, key) as client:
             made, drawn = _drawn(client, prompt, timeout, given)
         files = _write(made, drawn, prompt, out)
@@ -152,6 +156,7 @@ def replay(
     rank: Annotated[
         int, typer.Option(help="Which image of a manifest that `accord generate` wrote.", min=1)
     ] = 1,
+    overwrite: OverwriteOption = False,
     endpoint: EndpointOption = None,
     token_file: TokenFileOption = None,
     ca_file: CaFileOption = None,
@@ -164,6 +169,7 @@ def replay(
     with errors_shown():
         if out.suffix.lower() not in formats:
             raise ConfigError(f"{out}: expected a file that ends in {', '.join(formats)}")
+        refuse_to_overwrite([out], overwrite)
         manifest = _manifest(source, rank)
         with connect(endpoint, token_file, ca_file, certificate, key) as client:
             image = client.replay(manifest, image_format=formats[out.suffix.lower()], timeout_s=timeout)

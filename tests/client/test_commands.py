@@ -59,6 +59,24 @@ def test_generate_writes_images_sheet_and_manifest(faulty: Faulty, tmp_path: Pat
         assert sheet.width > 500
 
 
+def test_what_is_there_is_only_replaced_when_that_is_said(faulty: Faulty, tmp_path: Path) -> None:
+    Path("out").mkdir()
+    Path("out/notes.txt").write_text("mine")
+    assert invoke("generate", "x", "--seed", "1", "-n", "2").exit_code == 0
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    asked = len(faulty.requests)
+    assert_fails(
+        2, "out/01.png (and 3 more) is there already: name another place, or give --overwrite", "-n", "2"
+    )
+    assert_fails(2, "out/01.png", "--format", "jpeg")  # beside it the pages would not say which is meant
+    assert len(faulty.requests) == asked  # refused before anything was drawn
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+    done = invoke("generate", "y", "--seed", "2", "-n", "2", "--overwrite")
+    assert done.exit_code == 0, done.output
+    assert json.loads(Path("out/manifest.json").read_text())["prompt"] == "y"
+    assert Path("out/notes.txt").read_text() == "mine"
+
+
 def test_options_reach_the_server(faulty: Faulty) -> None:
     done = invoke(
         "generate", "x", "--steps", "5", "--guidance-scale", "0", "--scheduler", "unipc", "--format", "webp",
@@ -75,10 +93,12 @@ def test_replay_takes_a_png_or_a_manifest(faulty: Faulty, tmp_path: Path) -> Non
     invoke("generate", "x", "-n", "2", "--candidates", "3", "--seed", "9")
     asked = []
     for arguments in (["out/01.png"], ["out/manifest.json"], ["out/manifest.json", "--rank", "2"]):
-        done = invoke("replay", *arguments, "-o", "again.png")
+        done = invoke("replay", *arguments, "-o", "again.png", "--overwrite")
         assert done.exit_code == 0, done.output
         asked.append(faulty.requests[-1].manifest.candidate)
     assert asked == [2, 2, 1]
+    assert "give --overwrite" in invoke("replay", "out/01.png", "-o", "again.png").stderr
+    assert len(faulty.requests) == 4
     assert (tmp_path / "again.png").read_bytes().startswith(b"\x89PNG")
     single = json.loads(Path("out/manifest.json").read_text())["images"][0]["manifest"]
     Path("single.json").write_text(json.dumps(single))

@@ -87,3 +87,22 @@ def test_errors(url: str) -> None:
     assert "no campaign 'nothing'" in run("status", "nothing", url=url, status=2).stderr
     secret = run("campaign", "list", url="postgresql://u:hunter2@127.0.0.1:1/x", status=2)
     assert "hunter2" not in secret.output
+
+
+def test_snapshot_and_export_replace_only_what_they_wrote_and_only_when_told(
+    url: str, tmp_path: Path
+) -> None:
+    run("campaign", "create", "c", "--title", "x", "--judgements", "1", url=url)
+    _judge(url, "ann", "good")
+    snapshot, table, mine = tmp_path / "snapshot", tmp_path / "all.csv", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    for command, path in (("snapshot", snapshot), ("export", table)):
+        run(command, str(path), url=url)
+        assert "give --overwrite" in run(command, str(path), url=url, status=2).stderr
+        run(command, str(path), "--overwrite", url=url)
+    for overwrite in ([], ["--overwrite"]):
+        refused = run("snapshot", str(mine), *overwrite, url=url, status=2)
+        assert "holds something else than a feedback snapshot" in refused.stderr
+        run("export", str(mine), *overwrite, url=url, status=2)
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
