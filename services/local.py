@@ -26,6 +26,7 @@ import typer
 from rich.console import Console
 
 from accord.artifacts import write_file
+from accord.cli.common import within
 from accord.config import load_yaml, resolve_path
 from accord.errors import AccordError, ConfigError
 from accord.local_servers import LocalServer, announced
@@ -300,7 +301,9 @@ def main(
     reward_model: Annotated[
         str | None, typer.Option(help="Directory of the reward model to score by.")
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of gRPC; 0 for any that is free.")] = 9000,
+    port: Annotated[
+        int, typer.Option(callback=within(0, 65535), help="Of gRPC; 0 for any that is free.")
+    ] = 9000,
     public: Annotated[
         bool, typer.Option("--public", help="Listen on all interfaces. There is no TLS: see docs/serve.md.")
     ] = False,

@@ -1,9 +1,9 @@
 """What the commands share: how an error is shown, and with which exit status they leave."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -37,6 +37,18 @@ def errors_shown() -> Iterator[None]:
     except KeyboardInterrupt:
         stderr().print("Stopped.")
         raise typer.Exit(INTERRUPTED_STATUS) from None
+
+
+def within(least: float, most: float | None = None) -> Callable[[Any], Any]:
+    """An option's callback: its error names the option, the value and what it may be (typer's not all)."""
+    expected = f"{least} or more" if most is None else f"{least} to {most}"
+
+    def check(value: Any) -> Any:
+        if value is not None and not (least <= value and (most is None or value <= most)):
+            raise typer.BadParameter(f"{value} is out of range; expected {expected}")
+        return value
+
+    return check
 
 
 def refuse_to_overwrite(files: Iterable[Path], overwrite: bool) -> None:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from accord.cli.common import within
+
 if TYPE_CHECKING:  # gRPC takes a moment to import, and most commands need none
     from accord.client import Client
 
@@ -44,7 +46,12 @@ KeyOption = Annotated[
 ]
 TimeoutOption = Annotated[
     float,
-    typer.Option("--timeout", help="Seconds for the whole call, with retries.", rich_help_panel=_PANEL),
+    typer.Option(
+        "--timeout",
+        help="Seconds for the whole call, with retries.",
+        callback=within(0.001),
+        rich_help_panel=_PANEL,
+    ),
 ]
 
 

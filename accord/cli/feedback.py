@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from accord.children import become
-from accord.cli.common import OverwriteOption, refuse_to_overwrite, refuse_to_replace
+from accord.cli.common import OverwriteOption, refuse_to_overwrite, refuse_to_replace, within
 from accord.config import DATABASE_VARIABLE
 from accord.errors import AccordError, FeedbackError
 
@@ -81,10 +81,13 @@ def create(
     url: UrlOption,
     title: Annotated[str, typer.Option(help="What raters see as its name.")],
     judgements: Annotated[
-        int, typer.Option(help="Judgements wanted of every item, each by another rater.")
+        int,
+        typer.Option(help="Judgements wanted of every item, each by another rater.", callback=within(1, 25)),
     ] = 3,
     source: Annotated[list[str], typer.Option(help="Digest of an artifact whose images are judged.")] = [],  # noqa: B006
-    images_per_task: Annotated[int, typer.Option(help="Images of one prompt shown together.")] = 3,
+    images_per_task: Annotated[
+        int, typer.Option(help="Images of one prompt shown together: 1 to 9.", callback=within(1, 9))
+    ] = 3,
     lease_s: Annotated[float, typer.Option(help="Seconds that a rater may take for a task.")] = 600,
     gold: Annotated[
         Path | None, typer.Option(help="JSON lines of known answers: image, prompt, verdict.")
@@ -95,7 +98,7 @@ def create(
             help="Compare instead: JSON lines of prompt, first, second (lists of digests), category."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of tasks.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the order of tasks.", callback=within(0, 2**63 - 1))] = 0,
 ) -> None:
     """Make a campaign from the images in the store. Again with the same arguments: the same campaign."""
     from accord.feedback import Campaigns, ComparisonItem, Gold
@@ -334,7 +337,8 @@ def import_command(
         Path | None, typer.Option(help="What paths of images are relative to; by default the file's folder.")
     ] = None,
     size: Annotated[
-        int | None, typer.Option(min=8, help="Crop and scale images to a square of so many pixels.")
+        int | None,
+        typer.Option(callback=within(8), help="Crop and scale images to a square of so many pixels."),
     ] = None,
     campaign: Annotated[str | None, typer.Option(help="Id of the campaign of imported comparisons.")] = None,
 ) -> None:

@@ -1,9 +1,9 @@
 """`accord generate`, `accord score` and `accord replay`: the client's calls from a terminal."""
 
+import contextlib
 import io
 import json
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from accord.cli.common import OverwriteOption, errors_shown, refuse_to_overwrite, stderr
+from accord.cli.common import OverwriteOption, errors_shown, refuse_to_overwrite, stderr, within
 from accord.cli.connection import (
     CaFileOption,
     CertificateOption,
@@ -34,25 +34,42 @@ _PANEL = "How it is drawn"
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the images should show.")],
-    num_images: Annotated[int, typer.Option("--num-images", "-n", help="Images to keep.", min=1)] = 1,
+    num_images: Annotated[
+        int, typer.Option("--num-images", "-n", help="Images to keep: 1 to 64.", callback=within(1, 64))
+    ] = 1,
     candidates: Annotated[
         int | None,
-        typer.Option(help="Images to draw, of which the best are kept; by default as many.", min=1),
+        typer.Option(
+            help="Images to draw, of which the best are kept: up to 256; by default as many.",
+            callback=within(1, 256),
+        ),
     ] = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The folder for images, contact sheet and manifest.")
     ] = Path("out"),
     overwrite: OverwriteOption = False,
-    seed: Annotated[int | None, typer.Option(help="The same seed draws the same images.", min=0)] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", min=1, rich_help_panel=_PANEL)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed draws the same images.", callback=within(0, 2**64 - 1))
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Denoising steps: 1 to 150.", callback=within(1, 150), rich_help_panel=_PANEL),
+    ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance.", min=0, rich_help_panel=_PANEL)
+        float | None,
+        typer.Option(
+            help="Classifier-free guidance: 0 to 30.", callback=within(0, 30), rich_help_panel=_PANEL
+        ),
     ] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What they should not show.", rich_help_panel=_PANEL)
     ] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels.", min=1, rich_help_panel=_PANEL)] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels.", min=1, rich_help_panel=_PANEL)] = None,
+    width: Annotated[
+        int | None, typer.Option(help="In pixels.", callback=within(1), rich_help_panel=_PANEL)
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="In pixels.", callback=within(1), rich_help_panel=_PANEL)
+    ] = None,
     scheduler: Annotated[
         str | None,
         typer.Option(help="ddim, dpm_solver_multistep, euler or unipc.", rich_help_panel=_PANEL),
@@ -68,11 +85,19 @@ def generate(
     ] = None,
     accept_reward: Annotated[
         float | None,
-        typer.Option(help="Stop when enough images have this reward.", min=0, max=1, rich_help_panel=_PANEL),
+        typer.Option(
+            help="Stop when enough images have this reward: 0 to 1.",
+            callback=within(0, 1),
+            rich_help_panel=_PANEL,
+        ),
     ] = None,
     time_budget: Annotated[
         float | None,
-        typer.Option(help="Seconds after which the best so far is enough.", rich_help_panel=_PANEL),
+        typer.Option(
+            help="Seconds after which the best so far is enough: 0.01 to 3600.",
+            callback=within(0.01, 3600),
+            rich_help_panel=_PANEL,
+        ),
     ] = None,
     endpoint: EndpointOption = None,
     token_file: TokenFileOption = None,
@@ -109,7 +134,7 @@ def generate(
         numbers = range(1, num_images + 1)
         images = [out / f"{number:02d}{suffix}" for number in numbers for suffix in (".png", ".jpg", ".webp")]
         refuse_to_overwrite([*images, out / SHEET_NAME, out / MANIFEST_NAME], overwrite)
-        with connect(endpoint, token_file, ca_file, certificate, key) as client:
+        with connect(endpoint, token_file, ca_file, certificate, key) as client, _options_named():
             made, drawn = _drawn(client, prompt, timeout, given)
         files = _write(made, drawn, prompt, out)
     _print_generation(made, files, out)
@@ -154,7 +179,7 @@ def replay(
     source: Annotated[Path, typer.Argument(help="A PNG from Accord, or a manifest as JSON.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The image's file; its suffix says the format.")],
     rank: Annotated[
-        int, typer.Option(help="Which image of a manifest that `accord generate` wrote.", min=1)
+        int, typer.Option(help="Which image of a manifest that `accord generate` wrote.", callback=within(1))
     ] = 1,
     overwrite: OverwriteOption = False,
     endpoint: EndpointOption = None,
@@ -177,6 +202,25 @@ def replay(
     stderr().print(f"{out}: reward {image.reward:.3f}", markup=False)
 
 
+@contextlib.contextmanager
+def _options_named() -> Iterator[None]:
+    """What the server finds wrong is told of the options, not of the fields of its contract."""
+    from accord.client.errors import InvalidRequest
+
+    names = {"prompt": "the prompt", "num_candidates": "--candidates", "image_format": "--format"}
+    try:
+        yield
+    except InvalidRequest as error:
+        if not error.violations:
+            raise
+        lines = []
+        for violation in error.violations:
+            field = violation.field.removeprefix("spec.")
+            option = names.get(field, f"--{field.replace('_', '-')}")
+            lines.append(f"{option}: {violation.description.replace('num_images (', '--num-images (')}")
+        raise ConfigError("the server takes no such request; " + "\n  ".join(lines)) from None
+
+
 def _drawn(
     client: "Client", prompt: str, timeout_s: float, options: dict[str, Any]
 ) -> "tuple[Generation, list[GeneratedImage]]":
@@ -194,7 +238,7 @@ def _drawn(
     with Progress(*columns, console=stderr(), transient=True) as progress:
         task = progress.add_task("Drawing", total=1.0, note="")
         events = client.stream(prompt, timeout_s=timeout_s, **options)
-        with closing(events):
+        with contextlib.closing(events):
             for event in events:
                 match event:
                     case api.Progress():

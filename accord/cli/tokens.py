@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from accord import tokens
-from accord.cli.common import errors_shown, stderr
+from accord.cli.common import errors_shown, stderr, within
 from accord.errors import TokenError
 
 app = typer.Typer(help="Make, list and revoke the bearer tokens of the services.", no_args_is_help=True)
@@ -28,7 +28,7 @@ def create(
         typer.Option(help=f"What it may do; give it several times. One of {', '.join(tokens.SCOPES)}."),
     ],
     days: Annotated[
-        float | None, typer.Option(help="Days until it expires; without it, never.", min=0)
+        float | None, typer.Option(help="Days until it expires; without it, never.", callback=within(0))
     ] = None,
     file: _File = None,
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 
 from accord.errors import ConfigError
@@ -53,7 +54,7 @@ def generation_spec(prompt: str, options: GenerationOptions) -> generation_pb2.G
     """The spec for `prompt`.
 
     Raises:
-        ConfigError: an option is unknown, or is a name that the contract does not have.
+        ConfigError: an option is unknown, or has a value that the contract does not have; it names both.
     """
     unknown = sorted(set(options) - set(GenerationOptions.__annotations__))
     if unknown:
@@ -72,10 +73,23 @@ def generation_spec(prompt: str, options: GenerationOptions) -> generation_pb2.G
     fields["image_format"] = image_format(options.get("image_format", "png"))
     if (budget_s := options.get("time_budget_s")) is not None:
         fields["time_budget"] = _duration(budget_s)
-    try:
-        return generation_pb2.GenerationSpec(prompt=prompt, **fields)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"an option has a value of the wrong kind or range: {error}") from None
+    spec = generation_pb2.GenerationSpec(prompt=prompt)
+    for name, value in fields.items():
+        try:
+            spec.MergeFrom(generation_pb2.GenerationSpec(**{name: value}))
+        except (TypeError, ValueError):
+            option = "candidates" if name == "num_candidates" else name
+            raise ConfigError(f"{option} is {value!r}; expected {_expected(spec, name)}") from None
+    return spec
+
+
+def _expected(spec: generation_pb2.GenerationSpec, name: str) -> str:
+    """What a field of the contract can hold."""
+    kind = spec.DESCRIPTOR.fields_by_name[name].cpp_type
+    bits = {FieldDescriptor.CPPTYPE_UINT32: 32, FieldDescriptor.CPPTYPE_UINT64: 64}.get(kind)
+    if bits is not None:
+        return f"an integer from 0 to {2**bits - 1}"
+    return "a text" if kind == FieldDescriptor.CPPTYPE_STRING else "a number"
 
 
 def image_format(name: str) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 import typer
 
 from accord.children import become
+from accord.cli.common import within
 from accord.errors import AccordError, ConfigError
 
 if TYPE_CHECKING:  # MLflow takes seconds to import
@@ -159,7 +160,9 @@ def promote(
     ] = False,
     share: Annotated[
         float | None,
-        typer.Option("--share", min=0.0, max=1.0, help="With --serve: the canary's share of the requests."),
+        typer.Option(
+            "--share", callback=within(0, 1), help="With --serve: the canary's share of the requests, 0 to 1."
+        ),
     ] = None,
     serve: ServeOption = None,
     by: ByOption = None,

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from accord.cli.common import within
 from accord.config import DATABASE_VARIABLE
 from accord.errors import AccordError, ConfigError
 from ray_jobs.operate import jobs
@@ -165,7 +166,7 @@ def status(
         ),
     ] = None,
     judgements_per_image: Annotated[
-        int, typer.Option("--judgements-per-image", min=1, help="How many an image needs.")
+        int, typer.Option("--judgements-per-image", callback=within(1), help="How many an image needs.")
     ] = 1,
     as_json: JsonOption = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from accord.cli.common import errors_shown, stderr
+from accord.cli.common import errors_shown, stderr, within
 from accord.config import load_yaml
 from accord.registry.registry import Registry
 from accord.registry.settings import registry_uri
@@ -31,7 +31,7 @@ def promote(
     serve: ServeOption,
     why: WhyOption,
     by: ByOption,
-    share: Annotated[float | None, typer.Option("--share", min=0.0, max=1.0)] = None,
+    share: Annotated[float | None, typer.Option("--share", callback=within(0, 1))] = None,
     force: Annotated[bool, typer.Option("--force")] = False,
     registry: RegistryOption = None,
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.rpc import error_details_pb2
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -178,6 +179,48 @@ def assert_fails(status: int, words: str, *options: str) -> None:
     done = invoke("generate", "x", *options)
     assert (done.exit_code, words in done.stderr) == (status, True), done.output
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "words"),
+    [
+        (["-n", "0"], "--num-images", "0 is out of range; expected 1 to 64"),
+        (["--candidates", "257"], "--candidates", "257 is out of range; expected 1 to 256"),
+        (["--steps", "0"], "--steps", "0 is out of range; expected 1 to 150"),
+        (["--guidance-scale", "nan"], "--guidance-scale", "nan is out of range; expected 0 to 30"),
+        (["--seed", "-1"], "--seed", "-1 is out of range; expected 0 to 18446744073709551615"),
+        (["--width", "0"], "--width", "0 is out of range; expected 1 or more"),
+        (["--width", str(2**32)], "width", "is 4294967296; expected an integer from 0 to 4294967295"),
+        (["--time-budget", "0"], "--time-budget", "0.0 is out of range; expected 0.01 to 3600"),
+        (["--timeout", "0"], "--timeout", "0.0 is out of range; expected 0.001 or more"),
+    ],
+)
+def test_a_number_out_of_range_is_told_with_its_option_and_its_range(
+    faulty: Faulty, arguments: list[str], option: str, words: str
+) -> None:
+    done = invoke("generate", "x", *arguments)
+    assert done.exit_code == 2
+    assert option in done.stderr
+    assert words in done.stderr
+    assert faulty.requests == []
+
+
+def test_what_the_server_finds_out_of_range_is_told_of_the_option(faulty: Faulty) -> None:
+    bad = error_details_pb2.BadRequest()
+    for field, wrong in (
+        ("spec.num_candidates", "expected num_images (4) to 256, got 2"),
+        ("spec.steps", "expected 1 to 50, got 60"),
+        ("spec.image_format", "unknown"),
+    ):
+        bad.field_violations.add(field=field, description=wrong)
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    faulty.faults = [rich_fault(code, "spec.num_candidates: ... (and 2 more)", "FIELD_INVALID", bad)]
+    done = invoke("generate", "x")
+    assert done.exit_code == 2
+    assert "--candidates: expected --num-images (4) to 256, got 2" in done.stderr
+    assert "--steps: expected 1 to 50, got 60" in done.stderr
+    assert "--format: unknown" in done.stderr
+    assert "spec." not in done.stderr
 
 
 def test_ctrl_c_stops_the_server_s_work_and_writes_nothing(faulty: Faulty, tmp_path: Path) -> None:
