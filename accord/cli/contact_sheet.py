@@ -1,6 +1,5 @@
 """A contact sheet: every candidate of a request with its reward, best first, the chosen ones framed."""
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,12 +12,17 @@ _GAP = 18
 _MARGIN = 28
 _LABEL = 34
 _BAR = 5
+_TITLE_LINES = 3
+_SUBTITLE_LINES = 3
+_ELLIPSIS = "…"
 _PAPER = (255, 255, 255)
 _INK = (32, 33, 36)
 _FAINT = (120, 124, 130)
 _TRACK = (228, 230, 234)
 _CHOSEN = (21, 128, 61)
 _OTHER = (148, 163, 184)
+
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +39,16 @@ def contact_sheet(cells: Sequence[Cell], title: str, subtitle: str) -> Image.Ima
     columns = _columns(len(cells))
     rows = -(-len(cells) // columns)
     width = 2 * _MARGIN + columns * _CELL + (columns - 1) * _GAP
-    lines = textwrap.wrap(title, max(12, (width - 2 * _MARGIN) // 11)) or [""]
-    top = _MARGIN + 26 * len(lines) + 34
+    lines = wrapped(title, _font(20), width - 2 * _MARGIN, _TITLE_LINES)
+    notes = wrapped(subtitle, _font(12), width - 2 * _MARGIN, _SUBTITLE_LINES)
+    top = _MARGIN + 26 * len(lines) + 15 * len(notes) + 10
     height = top + rows * (_CELL + _LABEL + _GAP) + _MARGIN - _GAP
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, line in enumerate(lines):
         draw.text((_MARGIN, _MARGIN - 6 + 26 * number), line, _INK, _font(20))
     below = _MARGIN + 26 * len(lines)
-    for number, line in enumerate(textwrap.wrap(subtitle, max(20, (width - 2 * _MARGIN) // 7))[:2]):
+    for number, line in enumerate(notes):
         draw.text((_MARGIN, below - 4 + 15 * number), line, _FAINT, _font(12))
     for place, cell in enumerate(cells):
         row, column = divmod(place, columns)
@@ -51,6 +56,32 @@ def contact_sheet(cells: Sequence[Cell], title: str, subtitle: str) -> Image.Ima
         y = top + row * (_CELL + _LABEL + _GAP)
         _draw_cell(sheet, draw, cell, place + 1, x, y)
     return sheet
+
+
+def wrapped(text: str, font: Font, width: float, most: int) -> list[str]:
+    """`text` in at most so many lines of `width` pixels; an ellipsis stands for what is left out."""
+    lines, line = [], ""
+    for word in text.split():
+        longer = f"{line} {word}".lstrip()
+        if font.getlength(longer) <= width:
+            line = longer
+            continue
+        if line:
+            lines.append(line)
+        while font.getlength(word) > width:  # a word that no line holds
+            whole = next(
+                end for end in range(len(word), 0, -1) if end == 1 or font.getlength(word[:end]) <= width
+            )
+            lines.append(word[:whole])
+            word = word[whole:]
+        line = word
+    lines.append(line)
+    if len(lines) > most:
+        last = lines[most - 1]
+        while last and font.getlength(last + _ELLIPSIS) > width:
+            last = last[:-1]
+        lines = [*lines[: most - 1], last.rstrip() + _ELLIPSIS]
+    return lines
 
 
 def _draw_cell(sheet: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, place: int, x: int, y: int) -> None:
@@ -86,5 +117,5 @@ def _columns(count: int) -> int:
     return min(range(4, 9), key=lambda columns: -count % columns + abs(columns - count**0.5))
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def _font(size: int) -> Font:
     return ImageFont.load_default(size)

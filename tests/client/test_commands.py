@@ -16,11 +16,11 @@ import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2
-from PIL import Image
+from PIL import Image, ImageFont
 from typer.testing import CliRunner
 
 from accord import cli
-from accord.cli.contact_sheet import Cell, contact_sheet
+from accord.cli.contact_sheet import Cell, contact_sheet, wrapped
 from tests.client import server
 from tests.client.certificates import Authority
 from tests.client.server import ACTOR_DIED, Fault, Faulty, rich_fault
@@ -243,6 +243,18 @@ def test_ctrl_c_stops_the_server_s_work_and_writes_nothing(faulty: Faulty, tmp_p
     assert "Traceback" not in said
     assert faulty.cancelled.wait(60)
     assert not (tmp_path / "out").exists()
+
+
+def test_captions_are_wrapped_and_end_in_an_ellipsis_where_they_are_cut() -> None:
+    font = ImageFont.load_default(20)
+    for text in ("two red stars on grass", "W" * 200, "a very long prompt of many words " * 30, "", "i" * 40):
+        lines = wrapped(text, font, 192, 3)
+        assert 1 <= len(lines) <= 3
+        assert all(font.getlength(line) <= 192 for line in lines)
+        whole = "".join(lines).replace(" ", "") == text.replace(" ", "")
+        assert whole != lines[-1].endswith("…")
+    assert wrapped("two red stars", font, 1000, 3) == ["two red stars"]
+    assert len(wrapped("word " * 40, font, 192, 2)) == 2
 
 
 def test_a_contact_sheet_frames_what_was_chosen() -> None:
