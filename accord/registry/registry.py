@@ -103,7 +103,7 @@ class Registry:
                 ]
                 if changed:  # what a gate lets pass is never changed without a record
                     why = f"another {' and '.join(changed)} than before"
-                    self._record(name, Event(_now(), "register", "", version, None, recipe, why))
+                    self._record(name, _event("register", "", version, None, recipe, why))
                 for key, value in tags.items():
                     self._client.set_model_version_tag(name, str(version), key, value)
             else:
@@ -216,11 +216,16 @@ class Registry:
         """The champion before this one serves again; a canary is taken out, and then the result is None.
 
         `to_none`: there is no champion of the registry any more; something that was never registered serves.
+        Where there was none before, that is only recorded.
 
         Raises:
             RegistryError: there is nothing to go back to.
         """
         check_request(alias, why)
+        if to_none and self._holder(name, alias) is None:  # it is so already; who wanted it goes on record
+            with self._errors(f"record the rollback of {name}"):
+                self._record(name, _event("rollback", alias, None, None, by, why))
+            return None
         if alias == CANARY or to_none:
             self._move(name, "rollback", alias, None, self._present(name, alias), by, why)
             return None
@@ -280,7 +285,7 @@ class Registry:
         forced: bool = False,
     ) -> None:
         """Records a move, then makes it: what serves is never without its record."""
-        event = Event(_now(), action, alias, version, previous, by, why[:_MAX_REASON_CHARACTERS], forced)
+        event = _event(action, alias, version, previous, by, why, forced)
         with self._errors(f"move {alias} of {name}"):
             self._record(name, event)
             if version is None:
@@ -330,8 +335,17 @@ class Registry:
             ) from None
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+def _event(
+    action: str,
+    alias: str,
+    version: int | None,
+    previous: int | None,
+    by: str,
+    why: str,
+    forced: bool = False,
+) -> Event:
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return Event(now, action, alias, version, previous, by, why[:_MAX_REASON_CHARACTERS], forced)
 
 
 def _try_database(uri: str) -> None:

@@ -134,6 +134,9 @@ def test_what_was_never_registered_can_serve_again(registry: Registry, tmp_path:
     assert registry.get(one).aliases == ()
     with pytest.raises(RegistryError, match="has no champion"):
         registry.rollback(NAME, **WHO)
+    assert registry.rollback(NAME, to_none=True, **WHO) is None  # once more, as after an interruption
+    moves = [(event.action, event.version, event.previous) for event in registry.history(NAME)]
+    assert moves == [("promote", 1, None), ("rollback", None, 1), ("rollback", None, None)]
     registry.promote(two, **WHO)
     with pytest.raises(RegistryError, match="none before it"):  # one was found wanting
         registry.rollback(NAME, **WHO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,9 +10,12 @@ import pytest
 
 from accord.registry.gate import DIFFUSION
 from accord.registry.registry import Registry
+from accord.registry.runs import find_models
+from accord.registry.settings import GateConfig
 from services.rollout.moves import MoveError, Mover
 from services.rollout.sources import Gateway
 from services.rollout.user_configs import UserConfigs
+from tests.registry.run import GOOD, write_run
 from tests.services.rollout.test_watch import Kept
 
 
@@ -49,3 +53,17 @@ def test_a_model_that_is_not_loaded_takes_nothing_back_but_itself(name: str, ali
         mover.promote(f"{name}/3", by="olga", why="a test")
     assert gateway.written[-1].table(DIFFUSION).models[alias] == "/runs/r/aligned"
     assert serving.configs == before.without_canary()
+
+
+def test_rollback_to_an_alias_works_where_the_registry_has_no_champion(tmp_path: Path) -> None:
+    registry = Registry(f"sqlite:///{tmp_path / 'models.db'}")
+    for model in find_models(write_run(tmp_path / "run", summary=GOOD)):
+        registry.register("accord", model, "tiny", GateConfig())
+    serving = Kept()
+    gateway = SimpleNamespace(default=lambda kind: serving.configs.table(kind).default)
+    mover = Mover(serving, cast(Gateway, gateway), registry, timeout_s=1.0)
+    moved = mover.rollback("accord-diffusion", to="next", by="olga", why="a test")
+    assert (moved.alias, moved.version) == ("next", None)
+    assert serving.configs.table(DIFFUSION).default == "next"
+    (event,) = registry.history("accord-diffusion")
+    assert (event.action, event.version, event.by, event.why) == ("rollback", None, "olga", "a test")
