@@ -322,6 +322,15 @@ def ray_asks_for_its_token(manifests: Sequence[Manifest]) -> Iterator[str]:
 
 
 @rule
+def one_version_writes_the_store(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """A new version migrates the tables when it starts; an older one beside it would count wrongly."""
+    for manifest in of_kind(manifests, "Deployment"):
+        strategy = manifest["spec"].get("strategy")
+        if manifest["metadata"]["name"] == "feedback" and strategy != {"type": "Recreate"}:
+            yield f"{where(manifest)}: two versions run at once, one on tables that it does not know"
+
+
+@rule
 def jobs_and_people_share_a_store(manifests: Sequence[Manifest]) -> Iterator[str]:
     """Where people judge (the recipe has no panel), jobs read the store that the rating page writes."""
     settings = {m["metadata"]["name"]: m.get("data", {}) for m in of_kind(manifests, "ConfigMap")}

@@ -163,6 +163,11 @@ BREAKS: list[tuple[str, str, Callable[[list[Manifest]], object]]] = [
         ),
     ),
     (
+        "one_version_writes_the_store",
+        "a rolling update",
+        lambda m: named(m, "Deployment", "feedback")["spec"].update(strategy={"type": "RollingUpdate"}),
+    ),
+    (
         "jobs_and_people_share_a_store",
         "people judge into SQLite",
         lambda m: _job_settings(m).update(ACCORD_RECIPE="/app/recipes/sd15/paper.yaml"),
