@@ -34,6 +34,9 @@ ENVIRONMENT = {
     "DIFFUSERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
+# Of a cluster of our own. Ray has it so on macOS and Windows: all of its processes listen on the loopback
+# interface alone. It is read when Ray is imported.
+LOCAL_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 T = TypeVar("T")
 ADDRESS_VARIABLE = "ACCORD_RAY_ADDRESS"
 START_ATTEMPTS = 3
@@ -77,11 +80,14 @@ def is_connected() -> bool:
 def ensure(config: RayConfig) -> None:
     """Connects to the chosen cluster, once. Raises ConfigError when there is none at that address."""
     prepare_environment()
+    address = os.environ.get(ADDRESS_VARIABLE)
+    if not address and "ray" not in sys.modules:
+        for name, value in LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
     import ray
     from ray.data import DataContext
 
     if not ray.is_initialized():
-        address = os.environ.get(ADDRESS_VARIABLE)
         if not address:  # Ray's C++ parts write warnings for Ray's developers to the terminal
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         try:

@@ -47,6 +47,8 @@ ENVIRONMENT = {
     "DIFFUSERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # Ray has it so on macOS and Windows: all of its processes listen on the loopback interface alone.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
 
@@ -133,7 +135,7 @@ def _start_ray(config: ServeConfig, public: bool, dashboard_port: int) -> str:
     """Starts a local cluster with room for all replicas; the address of its metrics."""
     import ray
 
-    hook = None if public else {"worker_process_setup_hook": "services.loopback.only_loopback"}
+    hook = "only_replicas_loopback" if public else "only_loopback"
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, math.ceil(_cpus(config))),
@@ -143,9 +145,7 @@ def _start_ray(config: ServeConfig, public: bool, dashboard_port: int) -> str:
         dashboard_port=dashboard_port or None,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env=hook,
-        # Ray puts the machine's own address in its place, except on macOS and Windows: see docs/serve.md.
-        _node_ip_address="127.0.0.1",
+        runtime_env={"worker_process_setup_hook": f"services.loopback.{hook}"},
     )
     node = ray.nodes()[0]  # type: ignore[no-untyped-call]
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"

@@ -1,12 +1,44 @@
 """Errors that crossed Ray are found again, and nothing else is taken for one of ours."""
 
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 from accord.errors import ConfigError, FeedbackError
 from accord.recipe import RayConfig
 from ray_jobs import _cli, cluster
+from tests.conftest import ROOT
+
+LISTENING = """
+import json, os
+from accord.recipe import RayConfig
+from ray_jobs import cluster
+from tests.listening import elsewhere, listening
+with cluster.connect():
+    cluster.ensure(RayConfig(num_cpus=1))
+    print(json.dumps([len(listening(os.getpid())), elsewhere(os.getpid())]))
+"""
+
+
+@pytest.mark.cluster
+def test_a_cluster_of_our_own_can_be_reached_from_this_machine_alone() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for name in (cluster.ADDRESS_VARIABLE, *cluster.LOCAL_ENVIRONMENT):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENING],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    ports, reachable = json.loads(done.stdout)
+    assert ports > 5  # its processes do listen
+    assert reachable == {}
 
 
 def test_an_error_of_a_training_worker_is_found() -> None:

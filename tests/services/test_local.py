@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import pytest
 from accord.tokens import read_secret
 from accord.v1 import generation_pb2 as pb
 from accord.v1 import generation_pb2_grpc
+from tests.listening import elsewhere, listening
 from tests.services.deployment import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -60,7 +60,8 @@ def test_serve_starts_answers_and_stops_by_sigint_that_its_parent_ignored(tmp_pa
                 )
             assert len(answer.images) == 1
             port = int(endpoint["address"].rpartition(":")[2])
-            assert not _listens_elsewhere(port)
+            assert port in listening(process.pid)
+            assert elsewhere(process.pid) == {}  # nor does anything of Ray
             shown = _status(tmp_path, root)
             assert f"accord serve at {endpoint['address']}: RUNNING (process {process.pid}" in shown
             assert "diffusion base: loaded, default" in shown
@@ -90,14 +91,3 @@ def _status(tmp_path: Path, root: Path) -> str:
         check=True,
     )
     return done.stdout
-
-
-def _listens_elsewhere(port: int) -> bool:
-    """Whether anything but 127.0.0.1 answers at the port."""
-    with socket.socket(socket.AF_INET6) as probe:
-        probe.settimeout(2)
-        if probe.connect_ex(("::1", port)) == 0:
-            return True
-    with socket.socket() as probe:
-        probe.settimeout(2)
-        return probe.connect_ex(("127.0.0.2", port)) == 0
