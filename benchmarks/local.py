@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import torch
 from diffusers import StableDiffusionPipeline
 
-from accord.diffusion.engine import Engine, EngineConfig, SampleSpec, candidate_seed
+from accord.diffusion.engine import Engine, EngineConfig, SampleSpec
 from accord.diffusion.model import load_diffusion_model
 from accord.diffusion.sample import SamplerConfig, decode_latents, make_scheduler
+from accord.diffusion.seeds import candidate_seed
 from benchmarks.traffic import Mix, Request
 
 

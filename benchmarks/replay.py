@@ -16,7 +16,8 @@ import numpy as np
 import typer
 
 from accord.config import resolve_path
-from accord.diffusion.engine import Engine, EngineConfig, Pixels, SampleSpec
+from accord.diffusion.adapters import Pixels
+from accord.diffusion.engine import Engine, EngineConfig, SampleSpec
 from accord.diffusion.model import DiffusionModel, load_diffusion_model
 from accord.diffusion.sample import SamplerConfig, sample_images
 from benchmarks.tables import describe, table, write_json

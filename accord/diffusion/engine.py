@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accord.diffusion.adapters import Conditioning, ModelAdapter, Pixels, adapter_for
+from accord.diffusion.adapters import Conditioning, ModelAdapter, adapter_for
 from accord.diffusion.batching import (
     Group,
     Layout,
@@ -39,23 +39,10 @@ from accord.diffusion.cuda import Pace
 from accord.diffusion.decoding import Decoder
 from accord.diffusion.ledger import EngineStats, Ledger
 from accord.diffusion.model import DiffusionModel
-from accord.diffusion.seeds import candidate_seed
 from accord.diffusion.settings import EngineConfig
 from accord.errors import EngineClosed, EngineError, EngineFull, ModelNotLoaded
 
-__all__ = [
-    "Engine",
-    "EngineClosed",
-    "EngineConfig",
-    "EngineError",
-    "EngineFull",
-    "EngineStats",
-    "ModelNotLoaded",
-    "Pixels",
-    "SampleSpec",
-    "Ticket",
-    "candidate_seed",
-]
+__all__ = ["Engine", "EngineConfig", "EngineStats", "SampleSpec", "Ticket"]
 
 logger = logging.getLogger(__name__)
 _MOST_FAILED = 16

@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from sqlalchemy import Connection, Row, func, insert, select
+from sqlalchemy import Connection, Row, func, select
 
-from accord.errors import FeedbackError
-from accord.feedback import answering, assignment, campaign_making, campaign_reading, exclusion
+from accord.feedback import answering, assignment, campaign_making, campaign_reading, exclusion, served_rows
 from accord.feedback.campaign_records import (
     Campaign,
     ComparisonItem,
-    ExcludedError,
     Gold,
     NotFoundError,
     Progress,
@@ -26,7 +24,7 @@ from accord.feedback.campaign_records import (
     Task,
     check_key,
 )
-from accord.feedback.campaign_tables import campaigns, exclusions, places, served_images
+from accord.feedback.campaign_tables import campaigns, exclusions, places
 from accord.feedback.database import Database
 from accord.feedback.tables import Judgement, check_text
 
@@ -349,18 +347,8 @@ class Campaigns:
             check_text("served image", field, value)
         check_text("served image", "model", model, required=False)
         row = {"image_id": image_id, "image": image, "prompt": prompt, "model": model}
-
-        def work(connection: Connection) -> bool:
-            query = select(served_images).where(served_images.c.image_id == image_id)
-            found = connection.execute(query).first()
-            if found is None:
-                now = assignment.moment(self._now_ms())
-                connection.execute(insert(served_images).values(**row, created_at=now))
-            elif (found.image, found.prompt, found.model) != (image, prompt, model):
-                raise FeedbackError(f"the served image {image_id!r} was noted before as another image")
-            return found is None
-
-        return self._database.write(work)
+        now_ms = self._now_ms()
+        return self._database.write(lambda now: served_rows.note(now, row, now_ms))
 
     def served(self, image_id: str, rater: str, verdict: str, *, idempotency_key: str) -> Judgement:
         """The judgement of a served image, for `FeedbackStore.submit`.
@@ -370,15 +358,7 @@ class Campaigns:
             ExcludedError: the rater was excluded.
         """
         with self._database.reading() as connection:
-            query = select(served_images).where(served_images.c.image_id == image_id)
-            found = connection.execute(query).first()
-            if connection.execute(select(exclusions).where(exclusions.c.rater == rater)).first() is not None:
-                raise ExcludedError(
-                    f"the rater {rater!r} was excluded; judgements of his are no longer taken"
-                )
-        if found is None:
-            raise NotFoundError(f"no served image {image_id!r} was recorded")
-        return Judgement(f"served {idempotency_key}", found.image, found.prompt, rater, verdict)
+            return served_rows.judgement(connection, image_id, rater, verdict, idempotency_key)
 
     def served_verdicts(self, since: datetime.datetime | None = None) -> dict[str, dict[str, int]]:
         """The verdicts on served images that count, by model and verdict."""

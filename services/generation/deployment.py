@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from accord.config import resolve_path, validate
 from accord.cpu import use_cpu
-from accord.diffusion.engine import Engine, EngineClosed, EngineConfig, EngineFull, SampleSpec, Ticket
+from accord.diffusion.engine import Engine, EngineConfig, SampleSpec, Ticket
 from accord.diffusion.model import DiffusionModel, load_diffusion_model
 from accord.diffusion.process_engine import ProcessEngine
-from accord.errors import ConfigError
+from accord.errors import ConfigError, EngineClosed, EngineFull
 from services.config import GenerationSettings
 from services.metrics import EngineMetrics
 from services.models import Catalogue, Missing, Shelf, as_table

@@ -13,15 +13,9 @@ import pytest
 from torch import Tensor
 
 from accord.diffusion.adapters import Conditioning, Pixels, StableDiffusionAdapter
-from accord.diffusion.engine import (
-    Engine,
-    EngineClosed,
-    EngineConfig,
-    EngineError,
-    EngineFull,
-    ModelNotLoaded,
-)
+from accord.diffusion.engine import Engine, EngineConfig
 from accord.diffusion.model import DiffusionModel, load_diffusion_model
+from accord.errors import EngineClosed, EngineError, EngineFull, ModelNotLoaded
 from tests.diffusion.engines import (
     SCHEDULERS,
     WAIT_S,

@@ -7,10 +7,10 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from accord.diffusion.engine import EngineClosed, EngineConfig, EngineFull, ModelNotLoaded
+from accord.diffusion.engine import EngineConfig
 from accord.diffusion.model import DiffusionModel
 from accord.diffusion.process_engine import ProcessEngine
-from accord.errors import ArtifactError, ConfigError
+from accord.errors import ArtifactError, ConfigError, EngineClosed, EngineFull, ModelNotLoaded
 from tests.diffusion.engines import SCHEDULERS, WAIT_S, difference, reference, spec, until
 
 
