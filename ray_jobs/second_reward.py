@@ -5,13 +5,11 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from accord.artifacts import MANIFEST_NAME
 from accord.config import resolve_path
 from accord.evaluation.config import SECOND_REWARDS
 from accord.images import ImageFolder
 from accord.recipe import Recipe
-from accord.reward.features import CONFIG_NAME, ClipEncoder
-from accord.reward.model import KIND, RewardModel
+from accord.reward.model import KIND, open_reward
 from ray_jobs import inputs
 from ray_jobs.progress import bar
 
@@ -38,18 +36,16 @@ def score(recipe: Recipe, rows: pd.DataFrame, folder: ImageFolder) -> list[float
     """
     directory = resolve_path(recipe.evaluate.second_reward)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    learned = (directory / MANIFEST_NAME).is_file() and not (directory / CONFIG_NAME).is_file()
-    model = RewardModel.load(directory, device=device) if learned else None
-    encoder = model.encoder if model is not None else ClipEncoder(directory, device)
+    model = open_reward(directory, device)
     found: list[float] = []
     with bar("Scoring by the second reward", len(rows), "images") as progress:
         for part in inputs.batches(list(inputs.records(rows)), BATCH_SIZE):
             images = [folder.load(row.image) for row in part]
             prompts = [row.prompt for row in part]
-            if model is not None:
+            if model.learned:
                 found += model.score(images, prompts).tolist()
             else:
-                similar = encoder.image_features(images) * encoder.text_features(prompts)
+                similar = model.encoder.image_features(images) * model.encoder.text_features(prompts)
                 found += similar.sum(dim=1).tolist()
             progress.update(len(found))
     return found

@@ -15,12 +15,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from accord.artifacts import Manifest, artifact_writer, load_tensors, save_tensors, verify
-from accord.config import Config
+from accord.artifacts import (
+    MANIFEST_NAME,
+    Manifest,
+    artifact_writer,
+    content_digest,
+    load_tensors,
+    save_tensors,
+    verify,
+)
+from accord.config import Config, resolve_path
 from accord.errors import ArtifactError
 from accord.reward.calibration import Platt
 from accord.reward.ensemble import Head, HeadEnsemble, combined, make_head, members, uncertainty
+from accord.reward.features import CONFIG_NAME as CLIP_CONFIG_NAME
 from accord.reward.features import ClipEncoder, Pixels, unique
+from accord.reward.head import RewardHead
 from accord.reward.losses import prompt_probabilities
 from accord.reward.settings import Combine
 
@@ -65,7 +75,9 @@ class RewardModel:
         calibration: Platt | None = None,
         uncertainty_penalty: float = 0.0,
         digest: str = "",
+        learned: bool = True,
     ) -> None:
+        """`learned` is False where nobody has taught the head: the reward only grows with the similarity."""
         if head.dim != encoder.dim:
             raise ArtifactError(
                 f"the reward head takes features of {head.dim} numbers, but {encoder.uri} gives {encoder.dim}"
@@ -73,7 +85,7 @@ class RewardModel:
         self.head = head.to(encoder.device).eval().requires_grad_(False)
         self.encoder, self.temperature, self.calibration = encoder, temperature, calibration
         self.size = head.size if isinstance(head, HeadEnsemble) else 1
-        self.uncertainty_penalty, self.digest = uncertainty_penalty, digest
+        self.uncertainty_penalty, self.digest, self.learned = uncertainty_penalty, digest, learned
 
     @classmethod
     def load(
@@ -210,3 +222,24 @@ class RewardModel:
         if self.calibration is None:
             return reward_B
         return torch.from_numpy(self.calibration(reward_B.cpu().numpy())).to(reward_B)
+
+
+def open_reward(directory: str | Path, device: str | torch.device = "cpu") -> RewardModel:
+    """The reward model in a directory; or that of a CLIP alone, with an adapter that has learned nothing: a
+    reward that grows with the similarity of image and prompt.
+
+    Raises:
+        ArtifactError: the directory holds neither, or is damaged.
+    """
+    path = resolve_path(str(directory))
+    if (path / CLIP_CONFIG_NAME).is_file():
+        encoder = ClipEncoder(directory, device)
+        head = RewardHead(encoder.dim, combine="adapter")
+        digest = content_digest(KIND, {"clip": encoder.digest})
+        return RewardModel(head, encoder, digest=digest, learned=False)
+    if not (path / MANIFEST_NAME).is_file():
+        raise ArtifactError(
+            f"{directory} holds neither a reward model ({MANIFEST_NAME}) nor a CLIP ({CLIP_CONFIG_NAME}); "
+            "expected the directory of one of them"
+        )
+    return RewardModel.load(path, device=device)

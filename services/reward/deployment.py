@@ -10,22 +10,17 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
-from accord.artifacts import content_digest
-from accord.config import resolve_path
 from accord.cpu import use_cpu
 from accord.errors import PromptError
 from accord.prompts import Grammar, load_grammar
-from accord.reward import features
-from accord.reward.features import ClipEncoder
-from accord.reward.head import RewardHead
-from accord.reward.model import KIND, RewardModel
+from accord.reward.features import unique
+from accord.reward.model import RewardModel, open_reward
 from accord.reward.textnorm import contrast_prompts
 from services.config import RewardSettings
 from services.metrics import RewardMetrics
@@ -65,7 +60,7 @@ class Reward:
         self._loader = ThreadPoolExecutor(1, "reward loader")
         self._perturbations = Perturbations(load_grammar(self._settings.grammar), self._settings.num_prompts)
         self._shelf: Shelf[RewardModel] = Shelf(
-            functools.partial(load_reward, device=self._settings.device),
+            functools.partial(open_reward, device=self._settings.device),
             lambda model: model.digest,
             self._loader,
             self._settings.retire_after_s,
@@ -137,17 +132,6 @@ class Perturbations:
         return contrast_prompts(self._grammar, prompt, self._count)
 
 
-def load_reward(directory: str, device: str = "cpu") -> RewardModel:
-    """A reward model's directory; or that of a CLIP, with an adapter that has learned nothing: a reward that
-    grows with the similarity of image and prompt."""
-    path: Path = resolve_path(directory)
-    if not (path / features.CONFIG_NAME).is_file():
-        return RewardModel.load(path, device=device)
-    encoder = ClipEncoder(directory, device)
-    head = RewardHead(encoder.dim, combine="adapter")
-    return RewardModel(head, encoder, digest=content_digest(KIND, {"clip": encoder.digest}))
-
-
 def score_each(
     items: Sequence[tuple[RewardModel, ScoreRequest]], perturbations: Perturbations
 ) -> list[Scores | None]:
@@ -193,7 +177,7 @@ def _score(
     image_BD = model.encoder.image_features(images)
     wanted = {prompt for prompt, want in zip(prompts, asked, strict=True) if want}
     others = {prompt: perturbations.of(prompt) for prompt in wanted}
-    texts = features.unique([*prompts, *(text for several in others.values() for text in several)])
+    texts = unique([*prompts, *(text for several in others.values() for text in several)])
     rows = {text: row for row, text in enumerate(texts)}
     text_KD = model.encoder.text_features(texts)
     text_BD = text_KD[[rows[prompt] for prompt in prompts]]

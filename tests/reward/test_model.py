@@ -14,7 +14,7 @@ from accord.errors import ArtifactError
 from accord.reward.calibration import Platt
 from accord.reward.features import ClipEncoder
 from accord.reward.head import RewardHead
-from accord.reward.model import RewardModel
+from accord.reward.model import RewardModel, open_reward
 from tests.tiny_clip import tiny_clip_directory
 
 PROMPTS = ["two red stars", "star on grass", "two red stars"]
@@ -143,3 +143,18 @@ def test_calibrated_applies_the_scaling(model: RewardModel) -> None:
 def test_weights_are_safetensors(model: RewardModel, tmp_path: Path) -> None:
     tensors = load_tensors(save(model, tmp_path / "reward") / "head.safetensors")
     assert set(tensors) == set(model.head.state_dict())
+
+
+def test_a_directory_is_opened_as_the_reward_or_the_clip_that_it_holds(
+    model: RewardModel, clip_directory: Path, images: np.ndarray, tmp_path: Path
+) -> None:
+    taught = open_reward(save(model, tmp_path / "reward"))
+    assert taught.learned
+    assert torch.equal(taught.score(images, PROMPTS), model.score(images, PROMPTS))
+    alone = open_reward(clip_directory)
+    assert not alone.learned
+    similarity_B = (alone.encoder.image_features(images) * alone.encoder.text_features(PROMPTS)).sum(-1)
+    assert alone.score(images, PROMPTS).argsort().tolist() == similarity_B.argsort().tolist()
+    assert alone.digest == open_reward(clip_directory).digest != taught.digest
+    with pytest.raises(ArtifactError, match=r"holds neither a reward model .* nor a CLIP"):
+        open_reward(tmp_path)

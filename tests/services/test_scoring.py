@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from accord.prompts import load_grammar
-from services.reward.deployment import Perturbations, ScoreRequest, load_reward, score_all, score_each
+from accord.reward.model import open_reward
+from services.reward.deployment import Perturbations, ScoreRequest, score_all, score_each
 
 CLIP = "pkg://accord.shapes/weights/clip"
 
@@ -27,7 +28,7 @@ def test_perturbations_are_of_the_grammar_and_say_something_else(perturbations: 
 
 
 def test_requests_scored_together_get_what_they_would_alone(perturbations: Perturbations) -> None:
-    model = load_reward(CLIP)
+    model = open_reward(CLIP)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     first = ScoreRequest(model.digest, images[:2], ["two red stars", "a dog"], probability=True)
     second = ScoreRequest(model.digest, images[2:], ["blue circle"])
@@ -47,7 +48,7 @@ def test_requests_scored_together_get_what_they_would_alone(perturbations: Pertu
 
 
 def test_a_request_that_cannot_be_scored_takes_no_other_with_it(perturbations: Perturbations) -> None:
-    model = load_reward(CLIP)
+    model = open_reward(CLIP)
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     good = ScoreRequest(model.digest, images[:2], ["two red stars", "a dog"])
     broken = ScoreRequest(model.digest, [images[2][..., 0]], ["blue circle"])  # no colours
@@ -59,12 +60,3 @@ def test_a_request_that_cannot_be_scored_takes_no_other_with_it(perturbations: P
     assert first.rewards == score_all([(model, good)], perturbations)[0].rewards
     assert second is None
     assert third == first
-
-
-def test_a_clip_alone_is_a_reward_that_grows_with_similarity() -> None:
-    model = load_reward(CLIP)
-    images = np.random.default_rng(1).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
-    texts = ["two red stars", "blue circle"] * 4
-    similarity = (model.encoder.image_features(images) * model.encoder.text_features(texts)).sum(-1)
-    assert model.score(images, texts).argsort().tolist() == similarity.argsort().tolist()
-    assert model.digest == load_reward(CLIP).digest
