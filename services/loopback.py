@@ -23,7 +23,7 @@ def only_replicas_loopback() -> None:
     """The servers of the replicas; the gRPC proxy listens on all interfaces (--public)."""
     from ray._common import tls_utils
 
-    add_port = tls_utils.add_port_to_grpc_server
+    add_port: Any = tls_utils.add_port_to_grpc_server
 
     def add_port_to_grpc_server(server: Any, address: str) -> Any:
         return add_port(server, _here(address) if address.startswith("[::]:") else address)

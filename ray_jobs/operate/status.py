@@ -85,7 +85,7 @@ def _services(sources: Sources) -> dict[str, Any]:
 def _local(server: LocalServer) -> dict[str, Any]:
     """An `accord serve` of this machine, with the models that it says it has loaded."""
     from accord.client import Client, RetryPolicy
-    from accord.client.errors import ClientError, Unavailable
+    from accord.client.errors import DeadlineExceeded, Unavailable
 
     about = {
         "name": f"accord serve at {server.address}",
@@ -97,8 +97,9 @@ def _local(server: LocalServer) -> dict[str, Any]:
     try:
         with Client(server.address, token_file=token_file, retry=RetryPolicy(max_attempts=1)) as client:
             models = client.models(timeout_s=_ASK_TIMEOUT_S)
-    except ClientError as error:
-        status = "NOT ANSWERING" if isinstance(error, Unavailable) else "RUNNING"
+    except AccordError as error:
+        silent = isinstance(error, (Unavailable, DeadlineExceeded))
+        status = "NOT ANSWERING" if silent else "RUNNING"
         return {**about, "status": status, "message": f"its models are not known: {error}", "deployments": []}
     loaded = [
         {
