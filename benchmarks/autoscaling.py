@@ -294,7 +294,7 @@ def draw(seen: list[Seen], path: Path) -> None:
     made.set_ylabel("there are")
     made.set_xlabel("seconds")
     made.set_ylim(0, NODES[1] + 0.5)
-    made.legend(frameon=False, loc="upper right")
+    made.legend(frameon=False, loc="lower right")
     for axis in (load, made):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
