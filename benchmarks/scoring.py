@@ -38,7 +38,8 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Where to write all numbers.")] = None,
 ) -> None:
     """Prints a Markdown table: milliseconds for a batch, both ways, and their ratio."""
-    from services.reward.deployment import Perturbations, ScoreRequest, load_reward, score_all
+    from services.reward.messages import ScoreRequest
+    from services.reward.scoring import Perturbations, load_reward, score_all
 
     use_cpu(threads)
     random = np.random.default_rng(0)

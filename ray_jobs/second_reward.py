@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import pandas as pd
-import torch
 
 from accord.artifacts import MANIFEST_NAME
 from accord.config import resolve_path
 from accord.evaluation.config import SECOND_REWARDS
 from accord.images import ImageFolder
 from accord.recipe import Recipe
-from accord.reward.features import CONFIG_NAME, ClipEncoder
-from accord.reward.model import KIND, RewardModel
 from ray_jobs import inputs
 from ray_jobs.progress import bar
 
@@ -27,6 +24,8 @@ def digests(recipe: Recipe) -> dict[str, str]:
     name = recipe.evaluate.second_reward
     if name in SECOND_REWARDS:
         return {}
+    from accord.reward.model import KIND  # open_clip takes seconds to import
+
     return {"second_reward": inputs.digest_of(resolve_path(name), KIND)}
 
 
@@ -36,6 +35,11 @@ def score(recipe: Recipe, rows: pd.DataFrame, folder: ImageFolder) -> list[float
     Raises:
         ArtifactError: the directory holds neither, or is damaged.
     """
+    import torch
+
+    from accord.reward.features import CONFIG_NAME, ClipEncoder
+    from accord.reward.model import RewardModel
+
     directory = resolve_path(recipe.evaluate.second_reward)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     learned = (directory / MANIFEST_NAME).is_file() and not (directory / CONFIG_NAME).is_file()

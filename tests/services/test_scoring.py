@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from accord.prompts import load_grammar
-from services.reward.deployment import Perturbations, ScoreRequest, load_reward, score_all, score_each
+from services.reward.messages import ScoreRequest
+from services.reward.scoring import Perturbations, load_reward, score_all, score_each
 
 CLIP = "pkg://accord.shapes/weights/clip"
 

@@ -1,0 +1,110 @@
+"""What a reward replica computes: scores of requests of several models, each model's together."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from accord.artifacts import content_digest
+from accord.config import resolve_path
+from accord.errors import PromptError
+from accord.prompts import Grammar
+from accord.reward import features
+from accord.reward.features import ClipEncoder
+from accord.reward.head import RewardHead
+from accord.reward.model import KIND, RewardModel
+from accord.reward.textnorm import contrast_prompts
+from services.reward.messages import Pixels, ScoreRequest, Scores
+
+logger = logging.getLogger(__name__)
+
+
+class Perturbations:
+    """Prompts that say something else than a prompt: what equation 1 compares it with."""
+
+    def __init__(self, grammar: Grammar, num_prompts: int) -> None:
+        self._grammar, self._count = grammar, num_prompts - 1
+        self._known = functools.lru_cache(maxsize=4096)(self._find)
+
+    def of(self, text: str) -> tuple[str, ...]:
+        """As many as there are, at most num_prompts - 1; none for a text outside the grammar."""
+        return self._known(text)
+
+    def _find(self, text: str) -> tuple[str, ...]:
+        try:
+            prompt = self._grammar.parse(text)
+        except PromptError:
+            return ()
+        return contrast_prompts(self._grammar, prompt, self._count)
+
+
+def load_reward(directory: str, device: str = "cpu") -> RewardModel:
+    """A reward model's directory; or that of a CLIP, with an adapter that has learned nothing: a reward that
+    grows with the similarity of image and prompt."""
+    path: Path = resolve_path(directory)
+    if not (path / features.CONFIG_NAME).is_file():
+        return RewardModel.load(path, device=device)
+    encoder = ClipEncoder(directory, device)
+    head = RewardHead(encoder.dim, combine="adapter")
+    return RewardModel(head, encoder, digest=content_digest(KIND, {"clip": encoder.digest}))
+
+
+def score_each(
+    items: Sequence[tuple[RewardModel, ScoreRequest]], perturbations: Perturbations
+) -> list[Scores | None]:
+    """Scores of all requests. Should a batch fail, each goes alone: None for the one that is to blame."""
+    try:
+        return [*score_all(items, perturbations)]
+    except Exception:
+        logger.exception("scoring %d requests together failed", len(items))
+        if len(items) == 1:
+            return [None]
+    return [scores for item in items for scores in score_each([item], perturbations)]
+
+
+def score_all(
+    items: Sequence[tuple[RewardModel, ScoreRequest]], perturbations: Perturbations
+) -> list[Scores]:
+    """Scores of all requests; those of one model go through it together."""
+    scores: dict[int, Scores] = {}
+    for digest in dict.fromkeys(request.digest for _, request in items):
+        rows = [row for row, (_, request) in enumerate(items) if request.digest == digest]
+        model = items[rows[0]][0]
+        images = [image for row in rows for image in items[row][1].images]
+        prompts = [prompt for row in rows for prompt in items[row][1].prompts]
+        asked = [items[row][1].probability for row in rows for _ in items[row][1].prompts]
+        whole = _score(model, images, prompts, asked, perturbations)
+        start = 0
+        for row in rows:
+            end = start + len(items[row][1].images)
+            scores[row] = Scores(
+                whole.rewards[start:end], whole.similarities[start:end], whole.probabilities[start:end]
+            )
+            start = end
+    return [scores[row] for row in range(len(items))]
+
+
+def _score(
+    model: RewardModel,
+    images: Sequence[Pixels],
+    prompts: Sequence[str],
+    asked: Sequence[bool],
+    perturbations: Perturbations,
+) -> Scores:
+    image_BD = model.encoder.image_features(images)
+    wanted = {prompt for prompt, want in zip(prompts, asked, strict=True) if want}
+    others = {prompt: perturbations.of(prompt) for prompt in wanted}
+    texts = features.unique([*prompts, *(text for several in others.values() for text in several)])
+    rows = {text: row for row, text in enumerate(texts)}
+    text_KD = model.encoder.text_features(texts)
+    text_BD = text_KD[[rows[prompt] for prompt in prompts]]
+    rewards = model.score_features(image_BD, text_BD).cpu().tolist()
+    similarities = (image_BD * text_BD).sum(-1).clamp(-1, 1).cpu().tolist()
+    probabilities: list[float | None] = [None] * len(prompts)
+    for index, (prompt, want) in enumerate(zip(prompts, asked, strict=True)):
+        if want and others[prompt]:
+            text_1ND = text_KD[[rows[text] for text in (prompt, *others[prompt])]][None]
+            probabilities[index] = float(model.classify(image_BD[index : index + 1], text_1ND)[0, 0])
+    return Scores(rewards, similarities, probabilities)
