@@ -59,6 +59,16 @@ def session_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def empty_store(session_dir: Path) -> bytes:
+    """A registry's database without models: MLflow takes seconds to make one."""
+    from accord.registry.registry import Registry
+
+    path = session_dir / "empty.db"
+    Registry(f"sqlite:///{path}")
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[RayConfig]:
     """A local cluster of two CPUs, which all tests that need Ray share."""
     config = RayConfig(num_cpus=2)
