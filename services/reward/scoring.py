@@ -7,18 +7,27 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from accord.artifacts import content_digest
 from accord.config import resolve_path
 from accord.errors import PromptError
 from accord.prompts import Grammar
 from accord.reward import features
-from accord.reward.features import ClipEncoder
+from accord.reward.features import ClipEncoder, TextCache
 from accord.reward.head import RewardHead
 from accord.reward.model import KIND, RewardModel
 from accord.reward.textnorm import contrast_prompts
 from services.reward.messages import Pixels, ScoreRequest, Scores
 
 logger = logging.getLogger(__name__)
+
+
+class Judge:
+    """A reward model, and what it knows of the prompts that it was asked about last."""
+
+    def __init__(self, model: RewardModel, text_cache_size: int = 16384) -> None:
+        self.model, self.texts = model, TextCache(model.encoder, text_cache_size)
 
 
 class Perturbations:
@@ -52,7 +61,7 @@ def load_reward(directory: str, device: str = "cpu") -> RewardModel:
 
 
 def score_each(
-    items: Sequence[tuple[RewardModel, ScoreRequest]], perturbations: Perturbations
+    items: Sequence[tuple[Judge, ScoreRequest]], perturbations: Perturbations
 ) -> list[Scores | None]:
     """Scores of all requests. Should a batch fail, each goes alone: None for the one that is to blame."""
     try:
@@ -64,18 +73,16 @@ def score_each(
     return [scores for item in items for scores in score_each([item], perturbations)]
 
 
-def score_all(
-    items: Sequence[tuple[RewardModel, ScoreRequest]], perturbations: Perturbations
-) -> list[Scores]:
+def score_all(items: Sequence[tuple[Judge, ScoreRequest]], perturbations: Perturbations) -> list[Scores]:
     """Scores of all requests; those of one model go through it together."""
     scores: dict[int, Scores] = {}
     for digest in dict.fromkeys(request.digest for _, request in items):
         rows = [row for row, (_, request) in enumerate(items) if request.digest == digest]
-        model = items[rows[0]][0]
+        judge = items[rows[0]][0]
         images = [image for row in rows for image in items[row][1].images]
         prompts = [prompt for row in rows for prompt in items[row][1].prompts]
         asked = [items[row][1].probability for row in rows for _ in items[row][1].prompts]
-        whole = _score(model, images, prompts, asked, perturbations)
+        whole = _score(judge, images, prompts, asked, perturbations)
         start = 0
         for row in rows:
             end = start + len(items[row][1].images)
@@ -87,24 +94,30 @@ def score_all(
 
 
 def _score(
-    model: RewardModel,
+    judge: Judge,
     images: Sequence[Pixels],
     prompts: Sequence[str],
     asked: Sequence[bool],
     perturbations: Perturbations,
 ) -> Scores:
+    model = judge.model
     image_BD = model.encoder.image_features(images)
     wanted = {prompt for prompt, want in zip(prompts, asked, strict=True) if want}
     others = {prompt: perturbations.of(prompt) for prompt in wanted}
     texts = features.unique([*prompts, *(text for several in others.values() for text in several)])
     rows = {text: row for row, text in enumerate(texts)}
-    text_KD = model.encoder.text_features(texts)
+    text_KD = judge.texts.text_features(texts)
     text_BD = text_KD[[rows[prompt] for prompt in prompts]]
     rewards = model.score_features(image_BD, text_BD).cpu().tolist()
     similarities = (image_BD * text_BD).sum(-1).clamp(-1, 1).cpu().tolist()
     probabilities: list[float | None] = [None] * len(prompts)
+    of_count: dict[int, list[int]] = {}
     for index, (prompt, want) in enumerate(zip(prompts, asked, strict=True)):
         if want and others[prompt]:
-            text_1ND = text_KD[[rows[text] for text in (prompt, *others[prompt])]][None]
-            probabilities[index] = float(model.classify(image_BD[index : index + 1], text_1ND)[0, 0])
+            of_count.setdefault(len(others[prompt]), []).append(index)
+    for indices in of_count.values():
+        choices = torch.tensor([[rows[text] for text in (prompts[i], *others[prompts[i]])] for i in indices])
+        found_B = model.classify(image_BD[indices], text_KD[choices])[:, 0]
+        for index, probability in zip(indices, found_B.tolist(), strict=True):
+            probabilities[index] = probability
     return Scores(rewards, similarities, probabilities)
