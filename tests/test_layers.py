@@ -54,7 +54,7 @@ def test_of_the_method_only_the_client_and_the_stubs_speak_grpc() -> None:
     ("module", "heavy"),
     [
         ("services.app", {"torch", "diffusers", "open_clip"}),  # what deploys, and every gateway's replica
-        ("ray_jobs.loop", {"diffusers", "transformers", "open_clip", "ray"}),
+        ("ray_jobs.loop", {"torch", "diffusers", "transformers", "open_clip", "ray"}),
     ],
 )
 def test_what_only_directs_the_work_imports_none_of_it(module: str, heavy: set[str]) -> None:
