@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from accord.client import manifest_from_png
 from accord.errors import AccordError
 from accord.evaluation.report import replace_served
 from accord.recipe import Recipe, load_recipe
+from tests.client import server
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -49,6 +51,23 @@ def test_both_models_are_asked_and_shown(demo_run: Path, recipe: Recipe) -> None
     assert html.count(HEADING) == 1
     assert replace_served(html, None).count("<img ") == html.count("<img ") - 16 * len(asked)
     assert not list((demo_run / "served").glob("**/*token*"))
+
+
+def test_each_model_is_asked_at_its_own_guidance(
+    demo_run: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The demo's models may have the same: here they have not, and a server that notes what it is asked."""
+    run_dir = shutil.copytree(demo_run, tmp_path / "run")
+    (run_dir / "served" / "served.json").unlink()
+    guidance = {"base": 2.0, "aligned": 1.5}
+    (run_dir / "summary.json").write_text(json.dumps({"guidance": guidance}))
+    with server.serve() as noting:
+        monkeypatch.setattr(demo, "local_server", lambda *_: nullcontext((noting.target, server.TOKEN)))
+        demo.serve_run(recipe, run_dir)
+    specs = [request.spec for request in noting.requests]
+    assert [(spec.prompt, spec.model, spec.guidance_scale) for spec in specs] == [
+        (prompt, model, scale) for prompt in demo.prompts(recipe) for model, scale in guidance.items()
+    ]
 
 
 def test_what_was_asked_is_kept_until_the_models_change(
