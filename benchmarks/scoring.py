@@ -40,7 +40,8 @@ def main(
 ) -> None:
     """Prints a Markdown table: milliseconds for a batch, all ways, and the ratio."""
     from accord.reward.model import open_reward
-    from services.reward.deployment import Judge, Perturbations, ScoreRequest, Scores, score_all
+    from services.reward.messages import ScoreRequest, Scores
+    from services.reward.scoring import Judge, Perturbations, score_all
 
     use_cpu(threads)
     random = np.random.default_rng(0)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
 from accord.artifacts import Manifest, load_tensors, read_manifest, save_tensors
@@ -183,6 +182,8 @@ def measure(recipe: Recipe, run_dir: Path, rows: pd.DataFrame) -> tuple[pd.DataF
 
 
 def _measure_all(recipe: Recipe, run_dir: Path, stage: Stage, rows: pd.DataFrame) -> None:
+    import torch
+
     measured, features_ND = measure(recipe, run_dir, rows)
     claims = measured["group"] != CHOICE
     scores = score_images(recipe, run_dir, ["reward", "reward_no_auxiliary"], measured[claims])

@@ -7,11 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from accord.artifacts import Manifest, read_manifest
 from accord.diffusion.settings import FREE_KEYS, FinetuneConfig
@@ -25,6 +24,9 @@ from ray_jobs.score import load_scores, rewards_of
 from ray_jobs.snapshots import Snapshots, unet_of
 from ray_jobs.stages import Stage, is_done, required, timed
 from ray_jobs.train import Tracking, Training, train
+
+if TYPE_CHECKING:  # takes seconds to import
+    import torch
 
 KIND = "diffusion_model"
 BUILD = "ray_jobs.finetune:build_learner"

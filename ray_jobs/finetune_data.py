@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
-import torch
 
 from accord.artifacts import load_tensors, read_manifest, save_tensors, sha256_bytes
 from accord.captioned import each_png
@@ -27,6 +26,9 @@ from ray_jobs import cluster, inputs, sources
 from ray_jobs.generation import Source
 from ray_jobs.progress import bar
 from ray_jobs.score import score_captioned
+
+if TYPE_CHECKING:  # takes seconds to import
+    import torch
 
 ENCODED = "work/encoded"
 PIECE = 1024
@@ -63,6 +65,8 @@ def prepare_data(
 
     `scored`: columns image (digest), prompt and reward. `more`: further fields of FinetuneData, as they are.
     """
+    import torch
+
     from accord.diffusion.finetune_data import save_data
 
     captions = sources.captions(run_dir, "pretraining")
@@ -173,6 +177,8 @@ class _Encoder:
     reach."""
 
     def __init__(self, model: str, run_dir: str, threads: int | None = None) -> None:
+        import torch
+
         from accord.diffusion.model import load_diffusion_model
 
         if threads is not None:
@@ -187,6 +193,8 @@ class _Encoder:
 
     def run(self, piece: Piece) -> int:
         """Writes the piece's file, all or nothing; how many rows it has."""
+        import torch
+
         from accord.diffusion.encode import encode_pngs, encode_texts
 
         if piece.kind in ("texts", "empty"):
@@ -206,6 +214,8 @@ class _Encoder:
 
 def _caption_rewards(recipe: Recipe, run_dir: Path, captions: list[str]) -> torch.Tensor:
     """Of each pre-training image; zeros when nobody asks for them."""
+    import torch
+
     config = recipe.finetune
     if config.pretraining_threshold is None:
         return torch.zeros(len(captions))
@@ -219,6 +229,8 @@ def _caption_rewards(recipe: Recipe, run_dir: Path, captions: list[str]) -> torc
 
 
 def _score_captions(recipe: Recipe, run_dir: Path, captions: list[str]) -> torch.Tensor:
+    import torch
+
     files = each_png(run_dir / "pretraining")
     favourites = recipe.finetune.pretraining_favourites
     return torch.tensor(score_captioned(recipe, run_dir, files, captions, favourites=favourites))

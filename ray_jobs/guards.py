@@ -17,11 +17,10 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
 from accord.artifacts import load_tensors, read_manifest, write_file
@@ -38,6 +37,9 @@ from ray_jobs.progress import say
 from ray_jobs.score import rewards_of
 from ray_jobs.snapshots import Snapshots, ask_to_stop, pending, unet_of
 from ray_jobs.stages import write_json
+
+if TYPE_CHECKING:  # takes seconds to import
+    import torch
 
 DIRECTORY = "guards"
 MEASUREMENTS, VERDICT = "measurements.jsonl", "verdict.json"
@@ -214,6 +216,8 @@ class Meter:
     """Measures snapshots of the recipe's base model; in an actor, or in this process."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, threads: int | None) -> None:
+        import torch
+
         from accord.diffusion.model import load_diffusion_model
         from accord.guards.probe import Probe
         from accord.reward.model import RewardModel
@@ -275,6 +279,8 @@ class _LastFeatures:
         return self._features
 
     def texts(self, prompts: Sequence[str]) -> torch.Tensor:
+        import torch
+
         missing = [text for text in dict.fromkeys(prompts) if text not in self._texts]
         if missing:
             self._texts |= dict(zip(missing, self.encoder.text_features(missing), strict=True))

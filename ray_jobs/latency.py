@@ -14,10 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from accord.diffusion.model import load_diffusion_model
-from accord.diffusion.sample import sample_images
 from accord.recipe import Recipe
 from ray_jobs import stages
 from ray_jobs.generation import Source
@@ -33,6 +29,11 @@ def measure(
     recipe: Recipe, run_dir: Path, models: Mapping[str, Source], guidance: Mapping[str, float]
 ) -> None:
     """latency.json: seconds_per_image by model, with its digest and guidance scale."""
+    import torch
+
+    from accord.diffusion.model import load_diffusion_model  # diffusers takes seconds to import
+    from accord.diffusion.sample import sample_images
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = {name: load_diffusion_model(models[name].directory, device=device) for name in TIMED}
     size = min(BATCH_SIZE, recipe.evaluate.batch_size)

@@ -7,9 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from accord.artifacts import Manifest, load_tensors, read_manifest, save_tensors
 from accord.feedback.snapshot import load_snapshot
@@ -20,6 +18,9 @@ from ray_jobs import _cli, cluster, collect, inputs
 from ray_jobs.progress import say
 from ray_jobs.stages import Stage, is_done, required, timed
 from ray_jobs.train import Tracking, Training, train
+
+if TYPE_CHECKING:  # takes seconds to import
+    import torch
 
 KIND = "reward_model"
 BUILD = "ray_jobs.learn_reward:build_learner"
@@ -71,6 +72,8 @@ def prepare_data(recipe: Recipe, run_dir: Path, path: Path) -> None:
 
 def feature_cache(recipe: Recipe, run_dir: Path) -> tuple[Any, Any]:
     """The run's CLIP features by image, and the encoder that makes them."""
+    import torch
+
     from accord.reward.features import ClipEncoder, FeatureCache
 
     encoder = ClipEncoder(recipe.clip, "cuda" if torch.cuda.is_available() else "cpu")
@@ -123,6 +126,8 @@ def _save(
     recipe: Recipe, run_dir: Path, stage: Stage, config: RewardConfig, data: Path, checkpoint: Path
 ) -> None:
     """The reward model of a finished training, with its calibration."""
+    import torch
+
     from accord.reward.model import RewardModel
 
     settings = config.model_dump(mode="json")

@@ -6,16 +6,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 
 from accord.errors import FeedbackError
 from accord.feedback.preferences import Pair, compared_pairs, judged_pairs
 from accord.feedback.snapshot import load_snapshot, load_snapshot_comparisons
 from accord.recipe import Recipe
 from ray_jobs import inputs
+
+if TYPE_CHECKING:  # takes seconds to import
+    import torch
 
 _KEY = ["image", "prompt"]
 
@@ -49,6 +51,8 @@ def load(recipe: Recipe, run_dir: Path, scores: pd.DataFrame) -> Preferences:
 
 
 def _labelled(snapshot: pd.DataFrame, scores: pd.DataFrame) -> Preferences:
+    import torch
+
     decided = snapshot[snapshot["label"].notna() & (snapshot["weight"] > 0)]
     rows = _scored(decided[[*_KEY, "label", "weight"]], scores)
     label_N = torch.tensor(((2 * rows["label"] - 1) * rows["weight"]).to_numpy(), dtype=torch.float32)
@@ -57,6 +61,8 @@ def _labelled(snapshot: pd.DataFrame, scores: pd.DataFrame) -> Preferences:
 
 
 def _paired(run_dir: Path, pairs: list[Pair], source: str, scores: pd.DataFrame) -> Preferences:
+    import torch
+
     named = dict.fromkeys(key for prompt, a, b in pairs for key in ((a, prompt), (b, prompt)))
     rows = _scored(pd.DataFrame(list(named), columns=_KEY), scores)
     place = {key: row for row, key in enumerate(zip(rows["image"], rows["prompt"], strict=True))}

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pandas as pd
-import torch
 
 from accord.config import resolve_path
 from accord.evaluation.config import SECOND_REWARDS
 from accord.images import ImageFolder
 from accord.recipe import Recipe
-from accord.reward.model import KIND, open_reward
 from ray_jobs import inputs
 from ray_jobs.progress import bar
 
@@ -25,6 +23,8 @@ def digests(recipe: Recipe) -> dict[str, str]:
     name = recipe.evaluate.second_reward
     if name in SECOND_REWARDS:
         return {}
+    from accord.reward.model import KIND  # open_clip takes seconds to import
+
     return {"second_reward": inputs.digest_of(resolve_path(name), KIND)}
 
 
@@ -34,6 +34,10 @@ def score(recipe: Recipe, rows: pd.DataFrame, folder: ImageFolder) -> list[float
     Raises:
         ArtifactError: the directory holds neither, or is damaged.
     """
+    import torch
+
+    from accord.reward.model import open_reward
+
     directory = resolve_path(recipe.evaluate.second_reward)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = open_reward(directory, device)

@@ -27,8 +27,7 @@ import torch
 from accord.recipe import RayConfig
 from ray_jobs import cluster
 from tests.lanes import missing
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.pages import ALL, ROOT, run, shrunk
 
 torch.set_num_threads(1)
 
@@ -40,15 +39,6 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("accord")
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `-n 2 --dist loadgroup`: what starts Ray goes to one process; a directory stays together."""
-    modules = {item.path for item in items if item.get_closest_marker("cluster")}
-    for item in items:
-        group = "cluster" if item.path in modules else item.path.relative_to(ROOT / "tests").parts[0]
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -69,9 +59,29 @@ def session_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def empty_store(session_dir: Path) -> bytes:
+    """A registry's database without models: MLflow takes seconds to make one."""
+    from accord.registry.registry import Registry
+
+    path = session_dir / "empty.db"
+    Registry(f"sqlite:///{path}")
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[RayConfig]:
     """A local cluster of two CPUs, which all tests that need Ray share."""
     config = RayConfig(num_cpus=2)
     with cluster.connect():
         cluster.ensure(config)
         yield config
+
+
+@pytest.fixture(scope="session")
+def demo_run(session_dir: Path) -> Path:
+    """The run directory of `make demo`, the README's first command, on the smallest recipe."""
+    assert ("README.md", "make demo") in ALL
+    directory = session_dir / "pages"
+    done = run(shrunk("make demo", directory))
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return directory / "demo"

@@ -1,6 +1,8 @@
 """Who may import what: the method knows neither Ray nor gRPC; services and jobs do not know each other."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,3 +48,17 @@ def test_of_the_method_only_the_client_and_the_stubs_speak_grpc() -> None:
     speakers = {path for path in modules("accord") if "grpc" in set(imported(path))}
     assert speakers
     assert all(speaks_grpc(path) for path in speakers)
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("services.app", {"torch", "diffusers", "open_clip"}),  # what deploys, and every gateway's replica
+        ("ray_jobs.loop", {"torch", "diffusers", "transformers", "open_clip", "ray"}),
+    ],
+)
+def test_what_only_directs_the_work_imports_none_of_it(module: str, heavy: set[str]) -> None:
+    """Seconds of every start, and of a gateway half a gigabyte."""
+    code = f"import sys, {module}; print(*sorted(set(sys.modules) & {heavy!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

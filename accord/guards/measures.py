@@ -6,17 +6,18 @@ Shapes: B images, H W pixels, C = 3 channels RGB (uint8), D features or latent n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from accord.config import load_object
 from accord.errors import ConfigError
 from accord.evaluation.fidelity import diversity_by_prompt
 from accord.images import Pixels
+
+if TYPE_CHECKING:  # takes seconds to import
+    from torch import Tensor
 
 Floats = NDArray[np.float64]
 Judge = Callable[[Pixels, Sequence[str]], ArrayLike]
@@ -77,8 +78,8 @@ def prediction_distance(prediction_BCHW: Tensor, reference_BCHW: Tensor) -> Tens
 
 def by_prompt(values_B: Any, images_per_prompt: int) -> Floats:
     """Means over each prompt's images, which follow one another; NaN values are left out."""
-    if isinstance(values_B, Tensor):
-        values_B = values_B.detach().to("cpu", torch.float64).numpy()
+    if hasattr(values_B, "detach"):  # a tensor, on whatever device
+        values_B = values_B.detach().cpu().double().numpy()
     values = np.asarray(values_B, dtype=np.float64).reshape(-1, images_per_prompt)
     there = np.isfinite(values)
     totals = np.where(there, values, 0.0).sum(axis=1)

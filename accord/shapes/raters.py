@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,11 @@ from numpy.typing import NDArray
 from accord.config import Config
 from accord.evaluation.protocols import Question, Vote
 from accord.prompts import Prompt
-from accord.shapes.evaluator import ShapesEvaluator
 from accord.shapes.judge import fits, read_image
 from accord.shapes.scene import random_scene, render
+
+if TYPE_CHECKING:  # torch, of which single images need nothing
+    from accord.shapes.evaluator import ShapesEvaluator
 
 Image = NDArray[np.uint8]
 
@@ -127,6 +130,8 @@ class SimulatedPanel:
 
     @cached_property
     def _evaluator(self) -> ShapesEvaluator:
+        from accord.shapes.evaluator import ShapesEvaluator
+
         return ShapesEvaluator()
 
     @cached_property

@@ -21,10 +21,10 @@ from ray import exceptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from services.gateway.errors import Reason, RequestError
-from services.generation.deployment import Busy, Drawn, DrawRequest, Outcome, Refused, Steps
+from services.generation.messages import Busy, Drawn, DrawRequest, Outcome, Refused, Steps
 from services.metrics import GatewayMetrics
 from services.models import Catalogue, Loaded, Missing
-from services.reward.deployment import ScoreRequest, Scores
+from services.reward.messages import ScoreRequest, Scores
 
 logger = logging.getLogger("ray.serve")
 

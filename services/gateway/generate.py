@@ -24,8 +24,8 @@ from services.gateway.canary import role as canary_role
 from services.gateway.errors import Reason, RequestError
 from services.gateway.pictures import encode
 from services.gateway.validation import Plan, Sampling
-from services.generation.deployment import DrawRequest
-from services.reward.deployment import ScoreRequest
+from services.generation.messages import DrawRequest
+from services.reward.messages import ScoreRequest
 
 logger = logging.getLogger("ray.serve")
 

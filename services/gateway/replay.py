@@ -11,7 +11,7 @@ from services.gateway.backend import Backend, ModelGone, Models
 from services.gateway.errors import Reason, RequestError
 from services.gateway.generate import Candidate, draw_request, with_size
 from services.gateway.validation import Sampling
-from services.reward.deployment import ScoreRequest
+from services.reward.messages import ScoreRequest
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from services.config import Limits
 from services.gateway.backend import Backend, ModelGone
 from services.gateway.errors import Reason, RequestError
 from services.gateway.replay import within
-from services.reward.deployment import ScoreRequest, Scores
+from services.reward.messages import ScoreRequest, Scores
 
 PART = 64
 TRIES = 3

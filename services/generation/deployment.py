@@ -6,68 +6,25 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from accord.config import resolve_path, validate
 from accord.cpu import use_cpu
-from accord.diffusion.engine import Engine, EngineConfig, SampleSpec, Ticket
-from accord.diffusion.model import DiffusionModel, load_diffusion_model
-from accord.diffusion.process_engine import ProcessEngine
+from accord.diffusion.settings import EngineConfig
 from accord.errors import ConfigError, EngineClosed, EngineFull
 from services.config import GenerationSettings
+from services.generation.messages import Busy, Drawn, DrawRequest, Outcome, Refused, Steps
 from services.metrics import EngineMetrics
 from services.models import Catalogue, Missing, Shelf, as_table
 
+if TYPE_CHECKING:  # torch and diffusers take seconds to import, and who deploys needs neither
+    from accord.diffusion.engine import Engine, Ticket
+    from accord.diffusion.model import DiffusionModel
+    from accord.diffusion.process_engine import ProcessEngine
+
 PROGRESS_S = 0.2
 HOUSEKEEPING_S = 1.0
-
-
-@dataclass(frozen=True)
-class DrawRequest:
-    """One candidate. The same request gives the same image on every replica; height and width in pixels."""
-
-    digest: str
-    prompt: str
-    negative_prompt: str
-    seed: int
-    steps: int
-    guidance_scale: float
-    scheduler: str
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """uint8 pixels (HWC)."""
-
-    image: NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Denoising steps done so far."""
-
-    done: int
-
-
-@dataclass(frozen=True)
-class Busy:
-    """The engine's queue is full, or the engine has ended: ask again, or another replica."""
-
-
-@dataclass(frozen=True)
-class Refused:
-    """What the engine cannot draw, whoever asks; `message` is fit for clients."""
-
-    message: str
-
-
-Outcome = Drawn | Missing | Busy | Refused
 
 
 class Generation:
@@ -75,6 +32,9 @@ class Generation:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import torch
+
+        from accord.diffusion.engine import Engine
+        from accord.diffusion.process_engine import ProcessEngine
 
         self._settings = GenerationSettings.model_validate(settings)
         engine = self._settings.engine
@@ -114,7 +74,7 @@ class Generation:
             if model is None:
                 return Missing(request.digest)
             ticket = self._submit(request)
-            if not isinstance(ticket, Ticket):
+            if isinstance(ticket, Busy | Refused):
                 return ticket
             try:
                 return Drawn(await asyncio.wrap_future(ticket.future))
@@ -130,7 +90,7 @@ class Generation:
                 yield Missing(request.digest)
                 return
             ticket = self._submit(request)
-            if not isinstance(ticket, Ticket):
+            if isinstance(ticket, Busy | Refused):
                 yield ticket
                 return
             told = 0
@@ -160,6 +120,8 @@ class Generation:
             raise RuntimeError("the denoising engine has ended")
 
     def _submit(self, request: DrawRequest) -> Ticket | Busy | Refused:
+        from accord.diffusion.batching import SampleSpec
+
         values = asdict(request)
         try:
             return self._engine.submit(SampleSpec(model=values.pop("digest"), **values))
@@ -195,6 +157,8 @@ class Generation:
 
 def load_model(directory: str) -> DiffusionModel:
     """On the CPU: the engine moves it to its device."""
+    from accord.diffusion.model import load_diffusion_model
+
     return load_diffusion_model(resolve_path(directory))
 
 

@@ -9,23 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import torch
 
 from accord import demo
 from accord.artifacts import artifact_writer
 from accord.client import manifest_from_png
 from accord.errors import AccordError
-from accord.evaluation.report import build_report
+from accord.evaluation.report import replace_served
 from accord.recipe import Recipe, load_recipe
-from accord.reward.features import ClipEncoder
-from accord.reward.head import RewardHead
-from accord.reward.model import RewardModel
+from tests.client import server
 from tests.conftest import ROOT
-from tests.evaluation.report_example import example_gallery, example_run_info, example_summary
-from tests.ray_jobs.world import write_recipe
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -33,55 +29,52 @@ HEADING = "<h2>Served over gRPC</h2>"
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, model: Path, clip: Path) -> Recipe:
-    return load_recipe(write_recipe(tmp_path_factory.mktemp("recipe"), model, clip))
+def recipe() -> Recipe:
+    """That of `demo_run`."""
+    return load_recipe(ROOT / "recipes" / "sandbox" / "smoke.yaml")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, model: Path, clip: Path) -> Path:
-    """A run directory as the loop leaves it, as far as serving needs it."""
-    run_dir = tmp_path_factory.mktemp("run")
-    with artifact_writer(run_dir / "aligned", "diffusion_model", inputs={}, config={}, seed=1) as directory:
-        shutil.copytree(model, directory, dirs_exist_ok=True)
-    encoder = ClipEncoder(clip)
-    head = RewardHead(encoder.dim, 8, 2, "concat_product", torch.Generator().manual_seed(0))
-    RewardModel(head, encoder, temperature=1.0).save(run_dir / "reward", inputs={}, config={}, seed=1)
-    (run_dir / "summary.json").write_text(json.dumps({"guidance": {"base": 2.0, "aligned": 1.5}}))
-    gallery = example_gallery()
-    page = build_report(example_summary(), type(gallery)([], []), example_run_info())
-    (run_dir / "report.html").write_text(page)
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def served(finished: Path, recipe: Recipe) -> Path:
-    demo.serve_run(recipe, finished)
-    return finished
-
-
-def test_both_models_are_asked_and_shown(served: Path, recipe: Recipe) -> None:
-    content = json.loads((served / "served" / "served.json").read_text())
+def test_both_models_are_asked_and_shown(demo_run: Path, recipe: Recipe) -> None:
+    content = json.loads((demo_run / "served" / "served.json").read_text())
+    guidance = json.loads((demo_run / "summary.json").read_text())["guidance"]
     asked = [(answer["prompt"], answer["model"]) for answer in content["answers"]]
     assert asked == [(prompt, model) for prompt in demo.prompts(recipe) for model in ("base", "aligned")]
     for answer in content["answers"]:
         rewards = [image["reward"] for image in answer["images"]]
         assert len(rewards) == 16
         assert rewards == sorted(rewards, reverse=True)
-        first = manifest_from_png((served / "served" / answer["images"][0]["file"]).read_bytes())
+        first = manifest_from_png((demo_run / "served" / answer["images"][0]["file"]).read_bytes())
         assert first.prompt == answer["prompt"]
-        assert first.guidance_scale == {"base": 2.0, "aligned": 1.5}[answer["model"]]
+        assert first.guidance_scale == guidance[answer["model"]]
         assert first.model_digest == answer["model_digest"]
-    html = (served / "report.html").read_text()
+    html = (demo_run / "report.html").read_text()
     assert html.count(HEADING) == 1
-    assert html.count("<img ") == 16 * len(asked)
-    assert not list((served / "served").glob("**/*token*"))
+    assert replace_served(html, None).count("<img ") == html.count("<img ") - 16 * len(asked)
+    assert not list((demo_run / "served").glob("**/*token*"))
+
+
+def test_each_model_is_asked_at_its_own_guidance(
+    demo_run: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The demo's models may have the same: here they have not, and a server that notes what it is asked."""
+    run_dir = shutil.copytree(demo_run, tmp_path / "run")
+    (run_dir / "served" / "served.json").unlink()
+    guidance = {"base": 2.0, "aligned": 1.5}
+    (run_dir / "summary.json").write_text(json.dumps({"guidance": guidance}))
+    with server.serve() as noting:
+        monkeypatch.setattr(demo, "local_server", lambda *_: nullcontext((noting.target, server.TOKEN)))
+        demo.serve_run(recipe, run_dir)
+    specs = [request.spec for request in noting.requests]
+    assert [(spec.prompt, spec.model, spec.guidance_scale) for spec in specs] == [
+        (prompt, model, scale) for prompt in demo.prompts(recipe) for model, scale in guidance.items()
+    ]
 
 
 def test_what_was_asked_is_kept_until_the_models_change(
-    served: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    demo_run: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    shutil.copytree(served, run_dir)
+    shutil.copytree(demo_run, run_dir)
     monkeypatch.setattr(demo, "local_server", lambda *_: pytest.fail("the server was started again"))
     before = (run_dir / "report.html").read_bytes()
     first = demo.load_served(run_dir)
@@ -107,9 +100,9 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     assert str(log) in str(caught.value)
 
 
-def test_ctrl_c_stops_the_server_too(finished: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_server_too(demo_run: Path, recipe: Recipe, tmp_path: Path) -> None:
     config, log = tmp_path / "serve.yaml", tmp_path / "serve.log"
-    config.write_text(json.dumps(demo.serving_config(recipe, finished)))
+    config.write_text(json.dumps(demo.serving_config(recipe, demo_run)))
     code = (
         "import sys; from pathlib import Path; from accord import demo\n"
         "with demo.local_server(Path(sys.argv[1]), Path(sys.argv[2])): pass\n"

@@ -87,7 +87,10 @@ def test_a_served_image_names_its_models(tmp_path: Path) -> None:
             image_models(tmp_path / name)
 
 
-def test_the_commands_from_registration_to_a_served_image_and_back(tmp_path: Path) -> None:
+def test_the_commands_from_registration_to_a_served_image_and_back(
+    tmp_path: Path, empty_store: bytes
+) -> None:
+    (tmp_path / "models.db").write_bytes(empty_store)
     run = write_run(tmp_path / "run", summary=GOOD)
     recipe = write_recipe(tmp_path, tmp_path, tmp_path)
     store = ["--registry", f"sqlite:///{tmp_path / 'models.db'}"]

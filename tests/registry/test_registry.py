@@ -18,14 +18,6 @@ NAME = "accord-diffusion"
 WHO = {"by": "olga", "why": "won the votes"}
 
 
-@pytest.fixture(scope="session")
-def empty_store(session_dir: Path) -> bytes:
-    """A registry's database without models: MLflow takes seconds to make one."""
-    path = session_dir / "empty.db"
-    Registry(f"sqlite:///{path}")
-    return path.read_bytes()
-
-
 @pytest.fixture
 def registry(tmp_path: Path, empty_store: bytes) -> Registry:
     (tmp_path / "models.db").write_bytes(empty_store)

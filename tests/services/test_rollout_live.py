@@ -101,12 +101,14 @@ def managed(
     rolled_directory: Path,
     broken_directory: Path,
     root: Path,
+    empty_store: bytes,
 ) -> Iterator[Managed]:
     directory = tmp_path_factory.mktemp("managed")
     second = load_diffusion_model(rolled_directory)
     with torch.no_grad():
         second.unet.conv_out.weight.mul_(0.9)
     save_diffusion_model(second, directory / "second", inputs={}, config={}, seed=0)
+    (directory / "models.db").write_bytes(empty_store)
     uri = f"sqlite:///{directory / 'models.db'}"
     registry, digests = Registry(uri), {}
     for name, place in (("1", rolled_directory), ("2", directory / "second"), ("3", broken_directory)):

@@ -7,7 +7,8 @@ import pytest
 
 from accord.prompts import load_grammar
 from accord.reward.model import open_reward
-from services.reward.deployment import Judge, Perturbations, ScoreRequest, score_all, score_each
+from services.reward.messages import ScoreRequest
+from services.reward.scoring import Judge, Perturbations, score_all, score_each
 
 CLIP = "pkg://accord.shapes/weights/clip"
 

@@ -77,8 +77,9 @@ def status(*arguments: str) -> str:
 
 
 def test_everything_that_answers_is_shown(
-    dashboard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dashboard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: bytes
 ) -> None:
+    (tmp_path / "models.db").write_bytes(empty_store)
     run = write_run(tmp_path / "run", summary=GOOD)
     store = f"sqlite:///{tmp_path / 'models.db'}"
     registry = Registry(store)

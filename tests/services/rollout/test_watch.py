@@ -133,8 +133,9 @@ def test_the_loop_outlives_what_does_not_answer(caplog: pytest.LogCaptureFixture
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Registry:
+def registry(tmp_path: Path, empty_store: bytes) -> Registry:
     """With a champion, version 1, and a canary, version 2, that passes its gate, and 3 that does not."""
+    (tmp_path / "models.db").write_bytes(empty_store)
     opened = Registry(f"sqlite:///{tmp_path / 'models.db'}")
     bad = {**GOOD, "readable": {"base": {"value": 0.9}, "aligned": {"value": 0.1}}}
     for content, summary in (("one", GOOD), ("two", GOOD), ("three", bad)):
