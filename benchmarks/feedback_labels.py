@@ -16,6 +16,7 @@ over seeds.
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from accord.evaluation.statistics import auc
 from accord.feedback import Campaigns, Candidate, FeedbackStore
 from accord.feedback.snapshot import load_snapshot, write_snapshot
 from accord.images import ImageFolder, Pixels, encode_png
-from accord.prompts import Grammar, Prompt, load_grammar
+from accord.prompts import Category, Grammar, Prompt, Split, load_grammar
 from accord.recipe import Recipe
 from accord.reward.data import build_reward_data
 from accord.reward.features import ClipEncoder
@@ -43,7 +44,7 @@ from accord.shapes.judge import fits, read_image
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "sandbox" / "demo.yaml"
 CLAIM = 0.02
-TEST_RENDERS = 2000
+TEST_RENDERS, TEST_IMAGES = 2000, 512
 BATCH = 128
 
 Truth = dict[tuple[str, str], bool]
@@ -108,13 +109,23 @@ class Generated:
     def draw(self, seed: int, grammar: Grammar, folder: ImageFolder) -> tuple[Drawn, Drawn]:
         collect = self._recipe.collect
         learned = grammar.sample(collect.labelled.plan, seed)
-        others = grammar.sample(collect.unlabelled.plan, seed, exclude=learned)
+        given = collect.labelled.images_per_prompt
         parts = (
-            [p for p in learned for _ in range(collect.labelled.images_per_prompt[p.category])],
-            [p for p in others for _ in range(2 * collect.unlabelled.images_per_prompt[p.category])],
+            [prompt for prompt in learned for _ in range(given[prompt.category])],
+            self._others(learned, seed, grammar),
         )
         first, second = (self._sample(prompts, 2 * seed + n) for n, prompts in enumerate(parts))
         return keep(first, folder), keep(second, folder)
+
+    def _others(self, learned: Sequence[Prompt], seed: int, grammar: Grammar) -> list[Prompt]:
+        """Prompts that nothing is learned from, equally many a category; those of few come more often."""
+        seen = {prompt.text for prompt in learned}
+        chosen: list[Prompt] = []
+        for category in Category:
+            there = [p for p in grammar.all_prompts(Split.SEEN, category) if p.text not in seen]
+            random.Random(f"{seed} {category}").shuffle(there)
+            chosen += [there[number % len(there)] for number in range(TEST_IMAGES // len(Category))]
+        return chosen
 
     def _sample(self, prompts: Sequence[Prompt], seed: int) -> list[tuple[Pixels, Prompt]]:
         sampler, batch = self._recipe.collect.sampler, self._recipe.collect.batch_size

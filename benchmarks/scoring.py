@@ -1,4 +1,5 @@
-"""What the path costs: ScoreImages of a batch of pairs against the reward model in this process.
+"""What the path costs: ScoreImages of a batch of pairs against the reward model in this process, called
+without and with the memory for text features that the service has.
 
 python -m benchmarks.scoring --pairs 64 --repeats 15
 """
@@ -37,8 +38,8 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 1,
     json: Annotated[Path | None, typer.Option(help="Where to write all numbers.")] = None,
 ) -> None:
-    """Prints a Markdown table: milliseconds for a batch, both ways, and their ratio."""
-    from services.reward.deployment import Perturbations, ScoreRequest, load_reward, score_all
+    """Prints a Markdown table: milliseconds for a batch, all ways, and the ratio."""
+    from services.reward.deployment import Judge, Perturbations, ScoreRequest, Scores, load_reward, score_all
 
     use_cpu(threads)
     random = np.random.default_rng(0)
@@ -60,10 +61,18 @@ def main(
             if len(answer.scores) != pairs:
                 raise SystemExit(f"asked for {pairs} scores, got {len(answer.scores)}")
 
-        def direct() -> None:
-            score_all([(model, asked)], perturbations)
+        def direct(judge: Judge) -> Callable[[], None]:
+            return lambda: assert_scored(score_all([(judge, asked)], perturbations))
 
-        calls: dict[str, Callable[[], None]] = {"direct": direct, "served": served}
+        def assert_scored(scores: list[Scores]) -> None:
+            if len(scores[0].rewards) != pairs:
+                raise SystemExit(f"asked for {pairs} scores, got {len(scores[0].rewards)}")
+
+        calls: dict[str, Callable[[], None]] = {
+            "direct": direct(Judge(model, text_cache_size=0)),
+            "direct, texts known": direct(Judge(model)),
+            "served": served,
+        }
         times_ms: dict[str, list[float]] = {name: [] for name in calls}
         for repeat in range(repeats + 2):
             for name, call in calls.items():
@@ -73,10 +82,12 @@ def main(
                     times_ms[name].append(1e3 * (time.perf_counter() - begun_s))
             print(f"{repeat + 1} of {repeats + 2}", file=sys.stderr)
         client.close()
-    ratios = [served / direct for direct, served in zip(times_ms["direct"], times_ms["served"], strict=True)]
     print(f"\n{describe('cpu')}; {pairs} pairs of {' x '.join(map(str, images[0].shape[:2]))} pixels\n")
-    row = [spread(times_ms["direct"]), spread(times_ms["served"]), spread(ratios)]
-    print(table(["direct ms", "served ms", "served / direct"], [row]))
+    rows = [
+        [name, spread(times), spread([s / t for s, t in zip(times_ms["served"], times, strict=True)])]
+        for name, times in times_ms.items()
+    ]
+    print(table(["", "ms", "served takes as long, times"], rows))
     write_json(json, "cpu", {"pairs": pairs, "repeats": repeats}, times_ms)
 
 

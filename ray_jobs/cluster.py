@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -187,9 +188,30 @@ def accord_error(error: BaseException) -> AccordError | None:
         cause = getattr(current, "cause", None)
         if isinstance(current, AccordError) and not isinstance(cause, BaseException):
             return current
+        if (full := _memory_full(current)) is not None:
+            return full
         failures = getattr(current, "worker_failures", None) or {}
         waiting += [cause, *failures.values(), getattr(current, "controller_failure", None)]
         waiting.append(current.__cause__)  # not __context__: a bug in handling an AccordError is a bug
+    return None
+
+
+def _memory_full(error: BaseException) -> AccordError | None:
+    """What to do, when it says that memory was full: the machine's, where Ray ends workers, or a GPU's."""
+    kind, go_on = type(error).__name__, "What was done is kept: the same command goes on."
+    needs = "`accord doctor RECIPE` says what the run needs"
+    if isinstance(error, RuntimeError) and kind == "OutOfMemoryError":  # torch's
+        return AccordError(
+            f"a GPU's memory was full. Lower the batch size, or train with `parameters: lora` or gradient "
+            f"checkpointing; {needs}. {go_on}"
+        )
+    if kind == "OutOfMemoryError" and type(error).__module__.startswith("ray."):
+        used = re.search(r"was (\S+) used / (\S+) limit", str(error))
+        there = f" ({used[1]} of {used[2]} were used)" if used else ""
+        return AccordError(
+            f"the machine's memory was full{there}, and Ray ended a worker. Close what else runs, or ask for "
+            f"less: fewer ray.num_workers, smaller batches; {needs}. {go_on}"
+        )
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,31 @@ class ClipEncoder:
             return preprocess(torch.as_tensor(np.stack(images)).to(self.device), self._preprocessing)
         alone = [torch.as_tensor(image).to(self.device)[None] for image in images]
         return torch.cat([preprocess(image_1HWC, self._preprocessing) for image_1HWC in alone])
+
+
+class TextCache:
+    """Text features of one CLIP in memory, those of the texts that were asked for last. For one thread.
+
+    People ask about the same prompts again and again: every candidate of a best-of-N, and its wrong prompts.
+    """
+
+    def __init__(self, encoder: ClipEncoder, size: int = 16384) -> None:
+        self._encoder, self._size = encoder, size
+        self._rows: OrderedDict[str, Tensor] = OrderedDict()
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """As `ClipEncoder.text_features`; only texts that are not known are encoded."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
+        for text, row_D in zip(new, self._encoder.text_features(new), strict=True):
+            self._rows[text] = row_D.clone()  # a row alone keeps its whole batch in memory
+        if not texts:
+            return self._encoder.text_features(texts)
+        features_BD = torch.stack([self._rows[text] for text in texts])
+        for text in texts:
+            self._rows.move_to_end(text)
+        while len(self._rows) > self._size:
+            self._rows.popitem(last=False)
+        return features_BD
 
 
 def preprocess(images_BHWC: Tensor, config: dict[str, Any]) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from ray import serve
 
@@ -23,7 +24,7 @@ from accord.cpu import use_cpu
 from accord.errors import PromptError
 from accord.prompts import Grammar, load_grammar
 from accord.reward import features
-from accord.reward.features import ClipEncoder
+from accord.reward.features import ClipEncoder, TextCache
 from accord.reward.head import RewardHead
 from accord.reward.model import KIND, RewardModel
 from accord.reward.textnorm import contrast_prompts
@@ -55,6 +56,13 @@ class Scores:
     probabilities: list[float | None]
 
 
+class Judge:
+    """A reward model, and what it knows of the prompts that it was asked about last."""
+
+    def __init__(self, model: RewardModel, text_cache_size: int = 16384) -> None:
+        self.model, self.texts = model, TextCache(model.encoder, text_cache_size)
+
+
 class Reward:
     """A replica. `settings` is a dumped RewardSettings."""
 
@@ -64,9 +72,9 @@ class Reward:
         self._worker = ThreadPoolExecutor(1, "reward")
         self._loader = ThreadPoolExecutor(1, "reward loader")
         self._perturbations = Perturbations(load_grammar(self._settings.grammar), self._settings.num_prompts)
-        self._shelf: Shelf[RewardModel] = Shelf(
-            functools.partial(load_reward, device=self._settings.device),
-            lambda model: model.digest,
+        self._shelf: Shelf[Judge] = Shelf(
+            lambda directory: Judge(load_reward(directory, self._settings.device)),
+            lambda judge: judge.model.digest,
             self._loader,
             self._settings.retire_after_s,
         )
@@ -86,10 +94,10 @@ class Reward:
         return self._shelf.catalogue()
 
     async def score(self, request: ScoreRequest) -> Scores | Missing:
-        with self._shelf.use(request.digest) as model:
-            if model is None:
+        with self._shelf.use(request.digest) as judge:
+            if judge is None:
                 return Missing(request.digest)
-            result: Scores | None = await self._score_batch((model, request))
+            result: Scores | None = await self._score_batch((judge, request))
             if result is None:
                 raise RuntimeError("the pairs could not be scored; the replica's log says why")
             return result
@@ -99,7 +107,7 @@ class Reward:
         return os.getpid()
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
-    async def _score_batch(self, items: list[tuple[RewardModel, ScoreRequest]]) -> list[Scores | None]:
+    async def _score_batch(self, items: list[tuple[Judge, ScoreRequest]]) -> list[Scores | None]:
         begun, count = time.monotonic(), sum(len(request.images) for _, request in items)
         scores = await asyncio.get_running_loop().run_in_executor(
             self._worker, score_each, items, self._perturbations
@@ -149,7 +157,7 @@ def load_reward(directory: str, device: str = "cpu") -> RewardModel:
 
 
 def score_each(
-    items: Sequence[tuple[RewardModel, ScoreRequest]], perturbations: Perturbations
+    items: Sequence[tuple[Judge, ScoreRequest]], perturbations: Perturbations
 ) -> list[Scores | None]:
     """Scores of all requests. Should a batch fail, each goes alone: None for the one that is to blame."""
     try:
@@ -161,18 +169,16 @@ def score_each(
     return [scores for item in items for scores in score_each([item], perturbations)]
 
 
-def score_all(
-    items: Sequence[tuple[RewardModel, ScoreRequest]], perturbations: Perturbations
-) -> list[Scores]:
+def score_all(items: Sequence[tuple[Judge, ScoreRequest]], perturbations: Perturbations) -> list[Scores]:
     """Scores of all requests; those of one model go through it together."""
     scores: dict[int, Scores] = {}
     for digest in dict.fromkeys(request.digest for _, request in items):
         rows = [row for row, (_, request) in enumerate(items) if request.digest == digest]
-        model = items[rows[0]][0]
+        judge = items[rows[0]][0]
         images = [image for row in rows for image in items[row][1].images]
         prompts = [prompt for row in rows for prompt in items[row][1].prompts]
         asked = [items[row][1].probability for row in rows for _ in items[row][1].prompts]
-        whole = _score(model, images, prompts, asked, perturbations)
+        whole = _score(judge, images, prompts, asked, perturbations)
         start = 0
         for row in rows:
             end = start + len(items[row][1].images)
@@ -184,24 +190,30 @@ def score_all(
 
 
 def _score(
-    model: RewardModel,
+    judge: Judge,
     images: Sequence[Pixels],
     prompts: Sequence[str],
     asked: Sequence[bool],
     perturbations: Perturbations,
 ) -> Scores:
+    model = judge.model
     image_BD = model.encoder.image_features(images)
     wanted = {prompt for prompt, want in zip(prompts, asked, strict=True) if want}
     others = {prompt: perturbations.of(prompt) for prompt in wanted}
     texts = features.unique([*prompts, *(text for several in others.values() for text in several)])
     rows = {text: row for row, text in enumerate(texts)}
-    text_KD = model.encoder.text_features(texts)
+    text_KD = judge.texts.text_features(texts)
     text_BD = text_KD[[rows[prompt] for prompt in prompts]]
     rewards = model.score_features(image_BD, text_BD).cpu().tolist()
     similarities = (image_BD * text_BD).sum(-1).clamp(-1, 1).cpu().tolist()
     probabilities: list[float | None] = [None] * len(prompts)
+    of_count: dict[int, list[int]] = {}
     for index, (prompt, want) in enumerate(zip(prompts, asked, strict=True)):
         if want and others[prompt]:
-            text_1ND = text_KD[[rows[text] for text in (prompt, *others[prompt])]][None]
-            probabilities[index] = float(model.classify(image_BD[index : index + 1], text_1ND)[0, 0])
+            of_count.setdefault(len(others[prompt]), []).append(index)
+    for indices in of_count.values():
+        choices = torch.tensor([[rows[text] for text in (prompts[i], *others[prompts[i]])] for i in indices])
+        found_B = model.classify(image_BD[indices], text_KD[choices])[:, 0]
+        for index, probability in zip(indices, found_B.tolist(), strict=True):
+            probabilities[index] = probability
     return Scores(rewards, similarities, probabilities)

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from accord.errors import ConfigError, FeedbackError
 from accord.recipe import RayConfig
@@ -23,6 +24,23 @@ def test_an_error_of_a_task_is_found_without_its_remote_traceback() -> None:
     inner = ConfigError("no such scheduler")
     crossed = RayTaskError("generate", "Traceback ...", inner).as_instanceof_cause()
     assert cluster.accord_error(crossed) is inner
+
+
+def test_full_memory_is_told_with_what_to_do() -> None:
+    from ray.exceptions import OutOfMemoryError, RayTaskError
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    machine = OutOfMemoryError(
+        "8 workers were killed. Memory on the node (ID: 5a) was 22.5GB used / 23.5GB limit"
+    )
+    told = str(cluster.accord_error(machine))
+    assert "memory was full (22.5GB of 23.5GB were used)" in told
+    assert "the same command goes on" in told
+    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    crossed = RayTaskError("train", "Traceback ...", gpu).as_instanceof_cause()
+    for error in (gpu, crossed, WorkerGroupError("rank 0", {0: gpu})):
+        assert "a GPU's memory was full" in str(cluster.accord_error(error))
+    assert cluster.accord_error(MemoryError()) is None
 
 
 def test_a_bug_stays_a_bug() -> None:

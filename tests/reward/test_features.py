@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from accord.artifacts import artifact_writer
 from accord.errors import ArtifactError, ConfigError, StorageError
 from accord.reward import features
-from accord.reward.features import ClipEncoder, FeatureCache, Pixels, clip_digest, preprocess
+from accord.reward.features import ClipEncoder, FeatureCache, Pixels, TextCache, clip_digest, preprocess
 from tests.tiny_clip import tiny_clip_directory
 
 
@@ -328,3 +328,26 @@ def test_the_hub_is_asked_only_where_that_is_allowed(
         ClipEncoder("hub:someone/other")
     with pytest.raises(ConfigError, match="names no model of the hub"):
         ClipEncoder("hub:tiny")
+
+
+def test_texts_are_kept_and_the_oldest_forgotten(
+    encoder: ClipEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, encoded = encoder.text_features, []
+
+    def counted(texts: Sequence[str]) -> torch.Tensor:
+        encoded.extend(texts)
+        return encode(texts)
+
+    monkeypatch.setattr(encoder, "text_features", counted)
+    cache = TextCache(encoder, size=2)
+    torch.testing.assert_close(cache.text_features(["a", "b", "a"]), encode(["a", "b", "a"]))
+    assert encoded == ["a", "b"]
+    cache.text_features(["a"])
+    cache.text_features(["c"])  # b was asked for longest ago
+    torch.testing.assert_close(cache.text_features(["c", "a"]), encode(["c", "a"]))
+    assert encoded == ["a", "b", "c"]
+    cache.text_features(["b"])
+    assert encoded == ["a", "b", "c", "b"]
+    assert cache.text_features([]).shape == (0, encoder.dim)
+    assert cache.text_features(["d", "e", "f"]).shape == (3, encoder.dim)  # more than it keeps
