@@ -93,6 +93,8 @@ GIVEN = (
     "SELECT task_id, completed_by_id FROM task_completion WHERE project_id = :project AND NOT was_cancelled"
 )
 
+DONE = "SELECT count(*) FROM task_completion JOIN project ON project.id = project_id WHERE title = 'Done'"
+
 LABELS = """
 <View>
   <Text name="prompt" value="$prompt"/><Image name="image" value="$image"/>
@@ -136,6 +138,10 @@ class LabelStudio:
             sizes.append((made["made"][0], old_images, True))
         for project, tasks, is_done in sizes:
             self._fill(project, tasks, is_done, made["old_raters"])
+        with self._engine().connect() as connection:
+            found = connection.execute(text(DONE)).scalar_one()
+        if found != old_images * feedback.JUDGEMENTS:
+            sys.exit(f"the store has {found} annotations, not three for {old_images} tasks: remove it")
 
     def _fill(self, project: int, tasks: int, is_done: bool, raters: list[int]) -> None:
         values = {"project": project, "tasks": tasks, "done": is_done, "wanted": feedback.JUDGEMENTS}
