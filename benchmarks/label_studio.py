@@ -144,19 +144,19 @@ class LabelStudio:
             sys.exit(f"the store has {found} annotations, not three for {old_images} tasks: remove it")
 
     def _fill(self, project: int, tasks: int, is_done: bool, raters: list[int]) -> None:
-        values = {"project": project, "tasks": tasks, "done": is_done, "wanted": feedback.JUDGEMENTS}
+        values: dict[str, Any] = {"project": project, "wanted": feedback.JUDGEMENTS}
         start_s = time.perf_counter()
         with self._engine().begin() as connection:
             # Rows that are right by construction: no look-up of foreign keys, and indexes after them.
             connection.exec_driver_sql("SET LOCAL session_replication_role = replica")
             connection.exec_driver_sql("SET LOCAL maintenance_work_mem = '256MB'")
-            connection.execute(text(TASKS), values)
+            connection.execute(text(TASKS), {**values, "tasks": tasks, "done": is_done})
             if is_done:
                 indexes = connection.execute(text(INDEXES)).all()
                 for index, _ in indexes:
                     connection.exec_driver_sql(f'DROP INDEX "{index}"')
-                values = {"project": project, "wanted": feedback.JUDGEMENTS, "raters": raters}
-                connection.execute(text(ANSWERS), {**values, "result": json.dumps(answer("good"))})
+                given = {**values, "raters": raters, "result": json.dumps(answer("good"))}
+                connection.execute(text(ANSWERS), given)
                 for _, definition in indexes:
                     connection.exec_driver_sql(definition)
         with self._engine().begin() as connection:
