@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -46,6 +46,7 @@ from accord import tokens
 from accord.client import FeedbackClient
 from accord.feedback import Campaigns
 from accord.feedback.database import Database
+from benchmarks import processes
 
 LOAD_BEFORE = round(os.getloadavg()[0], 2)
 IMAGES = 1_000_000
@@ -112,18 +113,9 @@ def main() -> None:
 
 def measure(url: str, scale: float, seconds: float, naive: int) -> dict[str, object]:
     database = Database(url)
-    old = int(IMAGES * scale) // 3 * 3
-    everything = old + max(300, int(NEW_IMAGES * scale) // 3 * 3)
+    old, everything = sizes(scale)
     with Campaigns(url) as campaigns:
-        if not campaigns.campaigns():
-            fill(database, old, everything)
-        # Of a store that was kept, a campaign that nobody has begun.
-        name = f"new-{len(campaigns.campaigns())}"
-        start_s = time.perf_counter()
-        made = campaigns.create_alignment(name, "New", judgements_per_item=JUDGEMENTS, sources=["new"])
-        say(f"made a campaign of {made.num_tasks} tasks in {time.perf_counter() - start_s:.1f} s")
-        with database.writing() as connection:
-            connection.exec_driver_sql("ANALYZE tasks")
+        name = begin(campaigns, database, scale)
         in_process = {}
         for kind, think_s in (("thinking", THINK_S), ("without_pause", 0.0)):
             door = InProcess(campaigns, name, f"{kind}-")
@@ -149,6 +141,25 @@ def measure(url: str, scale: float, seconds: float, naive: int) -> dict[str, obj
         "cpus": os.cpu_count(),
         "load_before": LOAD_BEFORE,
     }
+
+
+def sizes(scale: float) -> tuple[int, int]:
+    """How many images are judged, and how many there are with those of the campaign that begins."""
+    old = int(IMAGES * scale) // 3 * 3
+    return old, old + max(300, int(NEW_IMAGES * scale) // 3 * 3)
+
+
+def begin(campaigns: Campaigns, database: Database, scale: float) -> str:
+    """The name of a campaign that nobody has begun, in a store that is filled if it was empty."""
+    if not campaigns.campaigns():
+        fill(database, *sizes(scale))
+    name = f"new-{len(campaigns.campaigns())}"
+    start_s = time.perf_counter()
+    made = campaigns.create_alignment(name, "New", judgements_per_item=JUDGEMENTS, sources=["new"])
+    say(f"made a campaign of {made.num_tasks} tasks in {time.perf_counter() - start_s:.1f} s")
+    with database.writing() as connection:
+        connection.exec_driver_sql("ANALYZE tasks")
+    return name
 
 
 def fill(database: Database, old: int, everything: int) -> None:
@@ -202,8 +213,12 @@ class OverGrpc:
         self._client.submit(task, ["good"] * images, rater=self._prefix + rater)
 
 
-def rate(door: Door, seconds: float, think_s: float) -> dict[str, object]:
-    """The times of each lease and of each submit, of raters that think that long in the mean."""
+def rate(door: Door, seconds: float, think_s: float, servers: Sequence[int] = ()) -> dict[str, object]:
+    """The times of each lease and of each submit, of raters that think that long in the mean.
+
+    And the CPU time of the processes `servers` and their descendants for each answer, if they are given.
+    """
+    before_s = processes.cpu_s(servers)
     leases: list[float] = []
     submits: list[float] = []
     end_s = time.perf_counter() + seconds
@@ -226,11 +241,15 @@ def rate(door: Door, seconds: float, think_s: float) -> dict[str, object]:
     with ThreadPoolExecutor(RATERS) as pool:
         for done in [pool.submit(work, number) for number in range(RATERS)]:
             done.result()
-    return {
+    found: dict[str, object] = {
         "answers_per_s": round(len(submits) / seconds, 1),
         "next_task_ms": quantiles(leases),
         "submit_ms": quantiles(submits),
     }
+    if servers:
+        used_s = processes.cpu_s(servers) - before_s
+        found["server_cpu_ms_per_answer"] = round(used_s / len(submits) * 1000, 1)
+    return found
 
 
 def over_grpc(url: str, name: str, seconds: float) -> dict[str, object]:
@@ -257,7 +276,8 @@ def over_grpc(url: str, name: str, seconds: float) -> dict[str, object]:
                 for kind, think_s in (("thinking", THINK_S), ("without_pause", 0.0)):
                     before = server_seconds(addresses["metrics"])
                     with FeedbackClient(addresses["gRPC"], token=token) as client:
-                        seen = rate(OverGrpc(client, name, f"{kind}-"), seconds, think_s)
+                        door = OverGrpc(client, name, f"{kind}-")
+                        seen = rate(door, seconds, think_s, [served.pid, *processes.postmaster(url)])
                     after = server_seconds(addresses["metrics"])
                     own = {key: within(after, before, key) for key in ("lease", "submit")}
                     found[kind] = {"in_the_server": own, "clients_see": seen}
