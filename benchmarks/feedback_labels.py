@@ -10,8 +10,8 @@ of the world of shapes, with careless captions (its look-alikes: heart for circl
 They are candidates of a feedback store. A campaign collects a judgement of each by every rater, who is wrong
 at random with his own error rate; snapshots aggregate them by majority and by reliability. A third snapshot
 is of a rater who is never wrong. A reward is learned from each with the settings of the recipe, and measured
-on the other images, by their clean labels. The claim: aggregated labels cost at most 0.02 of AUC in the mean
-over seeds.
+on the other images, by their clean labels. The claim: labels aggregated by reliability cost at most 0.02 of
+AUC in the mean over seeds; the majority's stand beside them.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from accord.shapes.captions import captioned_renders
 from accord.shapes.judge import fits, read_image
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "sandbox" / "demo.yaml"
-CLAIM = 0.02
+CLAIM, CLAIMED = 0.02, "weighted"
 TEST_RENDERS, TEST_IMAGES = 2000, 512
 BATCH = 128
 
@@ -75,10 +75,10 @@ def main() -> None:
     mean = {name: round(statistics.fmean(row["auc"][name] for row in rows), 4) for name in names}
     lost = {name: round(mean["clean"] - mean[name], 4) for name in names[1:]}
     result = {"errors": arguments.errors, "seeds": rows, "mean_auc": mean, "lost": lost, "claim": CLAIM}
-    print(f"mean AUC {mean}; aggregated labels cost {lost}, the claim is at most {CLAIM}")
+    print(f"mean AUC {mean}; aggregated labels cost {lost}, the claim is at most {CLAIM} for the weighted")
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    raise SystemExit(max(lost.values()) > CLAIM)
+    raise SystemExit(lost[CLAIMED] > CLAIM)
 
 
 class World(Protocol):
