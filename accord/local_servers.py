@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +40,8 @@ def announced(server: LocalServer) -> Iterator[None]:
         with contextlib.suppress(OSError), open(left) as file:
             if not _is_locked(file.fileno()):
                 left.unlink()
-    path = _folder() / f"{server.process_id}.json"
+    # Containers that share the directory may have the same process ids.
+    path = _folder() / f"{server.process_id}-{secrets.token_hex(4)}.json"
     with temporary_file(path, durable=False) as temporary:
         temporary.write_text(json.dumps(asdict(server), indent=2) + "\n", encoding="utf-8")
         handle = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)

@@ -248,7 +248,7 @@ def rate(door: Door, seconds: float, think_s: float, servers: Sequence[int] = ()
     }
     if servers:
         used_s = processes.cpu_s(servers) - before_s
-        found["server_cpu_ms_per_answer"] = round(used_s / len(submits) * 1000, 1)
+        found["server_cpu_ms_per_answer"] = round(used_s / len(submits) * 1000, 1) if submits else None
     return found
 
 

@@ -74,6 +74,7 @@ def main() -> None:
             **theirs(rival, servers, arguments.seconds),
         }
     print("\n".join(table(result)))
+    print(f"{result['label_studio']['failed']} requests failed in Label Studio")
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 

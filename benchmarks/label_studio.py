@@ -24,6 +24,7 @@ from sqlalchemy import text
 from benchmarks import feedback
 
 # Run by Label Studio's interpreter: its tables, its users and two projects. Its answer is one line of JSON.
+LEASE_TRIES = 100
 SET_UP = """
 import json, sys
 import django
@@ -230,13 +231,14 @@ class OverHttp:
         self.failed = 0
 
     def lease(self, rater: str) -> tuple[str, int] | None:
-        while True:
+        for _ in range(LEASE_TRIES):
             reply = self._client.get(f"/api/projects/{self._project}/next", headers=self._headers(rater))
             if reply.status_code == 404:
                 return None
             if reply.is_success:
                 return str(reply.json()["id"]), 1
             self._count(reply)
+        raise SystemExit(f"Label Studio failed {LEASE_TRIES} times to give a task: see its log")
 
     def submit(self, rater: str, task: str, images: int) -> None:
         body = {"result": answer("good"), "lead_time": 1.0}

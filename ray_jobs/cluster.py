@@ -204,19 +204,20 @@ def accord_error(error: BaseException) -> AccordError | None:
 
 def _memory_full(error: BaseException) -> AccordError | None:
     """What to do, when it says that memory was full: the machine's, where Ray ends workers, or a GPU's."""
-    kind, go_on = type(error).__name__, "What was done is kept: the same command goes on."
-    needs = "`accord doctor RECIPE` says what the run needs"
+    kind = type(error).__name__
+    go_on = "and the same command goes on; `accord doctor RECIPE` says what the run needs"
     if isinstance(error, RuntimeError) and kind == "OutOfMemoryError":  # torch's
         return AccordError(
-            f"a GPU's memory was full. Lower the batch size, or train with `parameters: lora` or gradient "
-            f"checkpointing; {needs}. {go_on}"
+            "a GPU's memory was full. Raise finetune.gradient_accumulation, or set "
+            f"finetune.gradient_checkpointing or finetune.sharding, {go_on}. Smaller batches, or "
+            "parameters: lora, need --fresh"
         )
     if kind == "OutOfMemoryError" and type(error).__module__.startswith("ray."):
         used = re.search(r"was (\S+) used / (\S+) limit", str(error))
         there = f" ({used[1]} of {used[2]} were used)" if used else ""
         return AccordError(
-            f"the machine's memory was full{there}, and Ray ended a worker. Close what else runs, or ask for "
-            f"less: fewer ray.num_workers, smaller batches; {needs}. {go_on}"
+            f"the machine's memory was full{there}, and Ray ended a worker. Close what else runs, or lower "
+            f"ray.num_workers or ray.generators, {go_on}"
         )
     return None
 

@@ -82,6 +82,6 @@ def demo_run(session_dir: Path) -> Path:
     """The run directory of `make demo`, the README's first command, on the smallest recipe."""
     assert ("README.md", "make demo") in ALL
     directory = session_dir / "pages"
-    done = run(shrunk("make demo", directory))
+    done = run(shrunk("make demo", directory), ACCORD_HOME=str(session_dir / "home"))
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return directory / "demo"

@@ -11,23 +11,24 @@ from pathlib import Path
 _LISTEN = "0A"
 
 
-def listening(process_id: int) -> dict[int, str]:
-    """port -> IP address of every TCP socket on which the process or a descendant of it listens."""
+def listening(process_id: int) -> set[tuple[int, str]]:
+    """Port and IP address of every TCP socket on which the process or a descendant of it listens."""
     sockets = {inode for one in _family(process_id) for inode in _sockets(one)}
-    found = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+    found = set()
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    for table in (table for table in tables if table.exists()):  # the second is not, where IPv6 is off
+        for line in table.read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == _LISTEN and fields[9] in sockets:
                 address, _, port = fields[1].partition(":")
-                found[int(port, 16)] = _address(address)
+                found.add((int(port, 16), _address(address)))
     return found
 
 
-def elsewhere(process_id: int) -> dict[int, str]:
+def elsewhere(process_id: int) -> set[tuple[int, str]]:
     """Of `listening`, what others than this machine can reach."""
     loopback = ("127.", "::1", "::ffff:127.")
-    return {port: ip for port, ip in listening(process_id).items() if not ip.startswith(loopback)}
+    return {(port, ip) for port, ip in listening(process_id) if not ip.startswith(loopback)}
 
 
 def _family(process_id: int) -> Iterator[int]:

@@ -55,6 +55,8 @@ def test_of_the_method_only_the_client_and_the_stubs_speak_grpc() -> None:
     [
         ("services.app", {"torch", "diffusers", "open_clip"}),  # what deploys, and every gateway's replica
         ("ray_jobs.loop", {"torch", "diffusers", "transformers", "open_clip", "ray"}),
+        # `ensure` tells Ray to listen on the loopback interface alone, before it is imported.
+        ("ray_jobs.study, ray_jobs.pretrain_shapes, ray_jobs.demo", {"ray"}),
     ],
 )
 def test_what_only_directs_the_work_imports_none_of_it(module: str, heavy: set[str]) -> None:

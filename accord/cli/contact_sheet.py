@@ -62,16 +62,18 @@ def wrapped(text: str, font: Font, width: float, most: int) -> list[str]:
     """`text` in at most so many lines of `width` pixels; an ellipsis stands for what is left out."""
     lines, line = [], ""
     for word in text.split():
+        if len(lines) > most:
+            break
         longer = f"{line} {word}".lstrip()
         if font.getlength(longer) <= width:
             line = longer
             continue
         if line:
             lines.append(line)
-        while font.getlength(word) > width:  # a word that no line holds
-            whole = next(
-                end for end in range(len(word), 0, -1) if end == 1 or font.getlength(word[:end]) <= width
-            )
+        while len(lines) <= most and font.getlength(word) > width:  # a word that no line holds
+            whole = 1
+            while font.getlength(word[: whole + 1]) <= width:
+                whole += 1
             lines.append(word[:whole])
             word = word[whole:]
         line = word

@@ -134,9 +134,12 @@ def generate(
         numbers = range(1, num_images + 1)
         images = [out / f"{number:02d}{suffix}" for number in numbers for suffix in (".png", ".jpg", ".webp")]
         refuse_to_overwrite([*images, out / SHEET_NAME, out / MANIFEST_NAME], overwrite)
+        before = _described_in(out)
         with connect(endpoint, token_file, ca_file, certificate, key) as client, _options_named():
             made, drawn = _drawn(client, prompt, timeout, given)
         files = _write(made, drawn, prompt, out)
+        for path in {*images, *before}.difference(files):  # of the generation that was there before
+            path.unlink(missing_ok=True)
     _print_generation(made, files, out)
 
 
@@ -300,6 +303,16 @@ def _write(made: "Generation", drawn: "Sequence[GeneratedImage]", prompt: str, o
     }
     write_file(out / MANIFEST_NAME, json.dumps(whole, indent=2, ensure_ascii=False) + "\n", durable=False)
     return files
+
+
+def _described_in(out: Path) -> list[Path]:
+    """The images that the folder's manifest names; none where it has none that can be read."""
+    try:
+        images = json.loads((out / MANIFEST_NAME).read_text(encoding="utf-8"))["images"]
+        names = [str(image["file"]) for image in images]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [out / name for name in names if Path(name).name == name]
 
 
 def _print_generation(made: "Generation", files: Sequence[Path], out: Path) -> None:

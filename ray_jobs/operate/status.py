@@ -93,9 +93,12 @@ def _local(server: LocalServer) -> dict[str, Any]:
         "metrics": server.metrics_address,
         "token_file": server.secret_path,
     }
-    token_file = server.secret_path if Path(server.secret_path).is_file() else None
+    if not Path(server.secret_path).is_file():  # another server's token is not for this one
+        message = f"its models are not known: its token is no longer in {server.secret_path}"
+        return {**about, "status": "RUNNING", "message": message, "deployments": []}
+    address = f"grpc://{server.address}"  # without TLS, whatever the environment says of other servers
     try:
-        with Client(server.address, token_file=token_file, retry=RetryPolicy(max_attempts=1)) as client:
+        with Client(address, token_file=server.secret_path, retry=RetryPolicy(max_attempts=1)) as client:
             models = client.models(timeout_s=_ASK_TIMEOUT_S)
     except AccordError as error:
         silent = isinstance(error, (Unavailable, DeadlineExceeded))

@@ -76,6 +76,9 @@ def test_what_is_there_is_only_replaced_when_that_is_said(faulty: Faulty, tmp_pa
     assert done.exit_code == 0, done.output
     assert json.loads(Path("out/manifest.json").read_text())["prompt"] == "y"
     assert Path("out/notes.txt").read_text() == "mine"
+    assert invoke("generate", "z", "-n", "1", "--overwrite").exit_code == 0
+    left = {"01.png", "contact-sheet.png", "manifest.json", "notes.txt"}
+    assert {path.name for path in Path("out").iterdir()} == left  # nothing of the one before
 
 
 def test_options_reach_the_server(faulty: Faulty) -> None:

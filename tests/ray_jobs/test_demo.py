@@ -23,7 +23,7 @@ from accord.recipe import Recipe, load_recipe
 from tests.client import server
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(2400)]  # `demo_run` counts
 
 HEADING = "<h2>Served over gRPC</h2>"
 

@@ -60,8 +60,8 @@ def test_serve_starts_answers_and_stops_by_sigint_that_its_parent_ignored(tmp_pa
                 )
             assert len(answer.images) == 1
             port = int(endpoint["address"].rpartition(":")[2])
-            assert port in listening(process.pid)
-            assert elsewhere(process.pid) == {}  # nor does anything of Ray
+            assert port in dict(listening(process.pid))
+            assert elsewhere(process.pid) == set()  # nor does anything of Ray
             shown = _status(tmp_path, root)
             assert f"accord serve at {endpoint['address']}: RUNNING (process {process.pid}" in shown
             assert "diffusion base: loaded, default" in shown

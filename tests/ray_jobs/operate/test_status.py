@@ -101,7 +101,15 @@ def test_everything_that_answers_is_shown(
     assert set(parts) == {"services", "jobs", "models", "feedback"}
 
 
-def test_what_is_missing_is_named_and_stops_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("ACCORD_TOKEN", "ACCORD_CA_FILE", "ACCORD_JOBS_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCORD_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_what_is_missing_is_named_and_stops_nothing(tmp_path: Path, home: Path) -> None:
     shown = status(
         *("--address", "http://127.0.0.1:9", "--registry", f"sqlite:///{tmp_path / 'none.db'}"),
         *("--feedback", f"sqlite:///{tmp_path / 'none-either.db'}"),
@@ -114,15 +122,11 @@ def test_what_is_missing_is_named_and_stops_nothing(tmp_path: Path) -> None:
     assert "env:NOT_THERE" not in status("--feedback", "env:ACCORD_NOT_THERE")
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("ACCORD_TOKEN", "ACCORD_CA_FILE", "ACCORD_JOBS_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ACCORD_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
-def test_a_server_of_this_machine_is_shown_while_it_runs(home: Path, tmp_path: Path) -> None:
+def test_a_server_of_this_machine_is_shown_while_it_runs(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCORD_CA_FILE", str(tmp_path / "of-another-server.pem"))
+    monkeypatch.setenv("ACCORD_TOKEN", "of another server")
     registry = ("--registry", f"sqlite:///{tmp_path / 'none.db'}")
     secret = tmp_path / "token"
     secret.write_text(server.TOKEN + "\n")
@@ -138,6 +142,11 @@ def test_a_server_of_this_machine_is_shown_while_it_runs(home: Path, tmp_path: P
             assert server.TOKEN not in status(*registry, "--json")
             faulty.faults = [server.Fault(grpc.StatusCode.UNAUTHENTICATED)]
             assert f"accord serve at {address}: RUNNING its models are not known" in status(*registry)
+            asked = len(faulty.metadata)
+            secret.rename(tmp_path / "moved")
+            assert f"its token is no longer in {secret}" in status(*registry)
+            assert len(faulty.metadata) == asked  # the environment's token is not for it
+            (tmp_path / "moved").rename(secret)
     with announced(here):
         assert f"accord serve at {address}: NOT ANSWERING" in status(*registry)
     assert "no `accord serve` runs on this machine" in status(*registry)
@@ -154,7 +163,8 @@ def test_a_server_that_was_killed_is_not_shown(home: Path, tmp_path: Path) -> No
     assert len(list((home / "serving").glob("*.json"))) == 1  # it is left
     assert local_servers() == []
     with announced(LocalServer("localhost:2", "", "", "", os.getpid())):  # and swept by the next one
-        assert [path.stem for path in (home / "serving").glob("*.json")] == [str(os.getpid())]
+        (path,) = (home / "serving").glob("*.json")
+        assert path.name.startswith(f"{os.getpid()}-")
 
 
 def test_services_and_jobs_of_kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
