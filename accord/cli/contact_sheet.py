@@ -60,7 +60,8 @@ def contact_sheet(cells: Sequence[Cell], title: str, subtitle: str) -> Image.Ima
 
 def wrapped(text: str, font: Font, width: float, most: int) -> list[str]:
     """`text` in at most so many lines of `width` pixels; an ellipsis stands for what is left out."""
-    lines, line = [], ""
+    lines: list[str] = []
+    line = ""
     for word in text.split():
         if len(lines) > most:
             break
