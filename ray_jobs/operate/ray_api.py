@@ -30,6 +30,11 @@ _CHECK_EVERY_S = 10.0  # while no line comes: is the cluster still there?
 _RECONNECT_AFTER_S = 1.0
 # Behind this, Ray's message on a failed job repeats the end of its log.
 _LOGS_IN_MESSAGE = ", last available logs"
+_NO_AGENT = "No available agent"
+_NO_AGENT_HINT = (
+    " Its head has just started, or another Ray of that machine has its agent's port: then start it with "
+    "`ray start --head --dashboard-agent-listen-port=PORT`"
+)
 # Ray would take these addresses rather than the one that it is given.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
@@ -235,7 +240,8 @@ class RayApi:
                 "service/HEAD 8265), or name another --address"
             )
         if isinstance(error, RuntimeError):
-            return ClusterError(f"the Ray cluster at {self.where} refused: {text[:500]}")
+            hint = _NO_AGENT_HINT if _NO_AGENT in text else ""
+            return ClusterError(f"the Ray cluster at {self.where} refused: {text[:500]}{hint}")
         raise error
 
 

@@ -254,6 +254,12 @@ def test_a_cluster_that_wants_a_token_is_told_from_one_that_is_gone(code: int, a
         server.server_close()
 
 
+def test_a_head_without_its_agent_is_told_with_what_to_do(cluster: Cluster) -> None:
+    api = RayApi(cluster.url)
+    with pytest.raises(ClusterError, match="--dashboard-agent-listen-port"), api._errors():
+        raise RuntimeError("Request failed with status code 500: No available agent to submit job")
+
+
 def test_z_a_cluster_that_goes_away_half_way_is_told_with_what_to_do(
     cluster: Cluster, tmp_path: Path
 ) -> None:
