@@ -205,9 +205,11 @@ class Registry:
         if alias not in version.aliases:
             previous = self._holder(version.name, alias)
             forced = not all(one.passed for one in checks)
-            self._move(version.name, "promote", alias, version.version, previous, by, why, forced=forced)
+            self._move(
+                version.name, _event("promote", alias, version.version, previous, by, why, forced=forced)
+            )
         if alias == CHAMPION and CANARY in version.aliases:
-            self._move(version.name, "graduate", CANARY, None, version.version, by, why)
+            self._move(version.name, _event("graduate", CANARY, None, version.version, by, why))
         return self.get(str(version)), checks
 
     def rollback(
@@ -227,10 +229,10 @@ class Registry:
                 self._record(name, _event("rollback", alias, None, None, by, why))
             return None
         if alias == CANARY or to_none:
-            self._move(name, "rollback", alias, None, self._present(name, alias), by, why)
+            self._move(name, _event("rollback", alias, None, self._present(name, alias), by, why))
             return None
         before = self.before(name)
-        self._move(name, "rollback", alias, before.version, self._present(name, alias), by, why)
+        self._move(name, _event("rollback", alias, before.version, self._present(name, alias), by, why))
         return self.get(str(before))
 
     def before(self, name: str) -> ModelVersion:
@@ -272,26 +274,14 @@ class Registry:
     def _holder(self, name: str, alias: str) -> int | None:
         return next((version.version for version in self.versions(name) if alias in version.aliases), None)
 
-    def _move(
-        self,
-        name: str,
-        action: str,
-        alias: str,
-        version: int | None,
-        previous: int | None,
-        by: str,
-        why: str,
-        *,
-        forced: bool = False,
-    ) -> None:
+    def _move(self, name: str, event: Event) -> None:
         """Records a move, then makes it: what serves is never without its record."""
-        event = _event(action, alias, version, previous, by, why, forced)
-        with self._errors(f"move {alias} of {name}"):
+        with self._errors(f"move {event.alias} of {name}"):
             self._record(name, event)
-            if version is None:
-                self._client.delete_registered_model_alias(name, alias)
+            if event.version is None:
+                self._client.delete_registered_model_alias(name, event.alias)
             else:
-                self._client.set_registered_model_alias(name, alias, str(version))
+                self._client.set_registered_model_alias(name, event.alias, str(event.version))
 
     def _record(self, name: str, event: Event) -> None:
         # Two operators at the same microsecond write two events: the key ends in a random part.
