@@ -30,7 +30,6 @@ from accord.diffusion.batching import (
     LoadedModel,
     Run,
     Sample,
-    SampleSpec,
     Ticket,
     denoise,
     layout_of,
@@ -40,6 +39,7 @@ from accord.diffusion.decoding import Decoder
 from accord.diffusion.ledger import EngineStats, Ledger
 from accord.diffusion.model import DiffusionModel
 from accord.diffusion.settings import EngineConfig
+from accord.diffusion.specs import SampleSpec
 from accord.errors import EngineClosed, EngineError, EngineFull, ModelNotLoaded
 
 __all__ = ["Engine", "EngineConfig", "EngineStats", "SampleSpec", "Ticket"]

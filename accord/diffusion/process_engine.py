@@ -26,10 +26,11 @@ import numpy as np
 import torch
 
 from accord.diffusion.adapters import adapter_for
-from accord.diffusion.batching import LoadedModel, SampleSpec, Ticket
+from accord.diffusion.batching import LoadedModel, Ticket
 from accord.diffusion.ledger import EngineStats
 from accord.diffusion.model import DiffusionModel
 from accord.diffusion.settings import EngineConfig
+from accord.diffusion.specs import SampleSpec
 from accord.errors import ArtifactError, EngineClosed, EngineError, EngineFull, ModelNotLoaded
 
 logger = logging.getLogger(__name__)

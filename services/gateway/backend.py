@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from ray import exceptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
+from accord.diffusion.specs import SampleSpec
 from services.gateway.errors import Reason, RequestError
-from services.generation.messages import Busy, Drawn, DrawRequest, Outcome, Refused, Steps
+from services.generation.messages import Busy, Drawn, Outcome, Refused, Steps
 from services.metrics import GatewayMetrics
 from services.models import Catalogue, Loaded, Missing
 from services.reward.messages import ScoreRequest, Scores
@@ -125,15 +126,15 @@ class Backend:
             self._known.set()
 
     async def draw(
-        self, request: DrawRequest, on_steps: Callable[[int], None] | None = None
+        self, spec: SampleSpec, on_steps: Callable[[int], None] | None = None
     ) -> NDArray[np.uint8]:
         """The candidate's pixels (HWC). Raises ModelGone, RequestError."""
         if on_steps is None:
             outcome = await self._persist(
-                "generation", lambda: _cancelling(self._generation.draw.remote(request))
+                "generation", lambda: _cancelling(self._generation.draw.remote(spec))
             )
         else:
-            outcome = await self._persist("generation", lambda: self._watched(request, on_steps))
+            outcome = await self._persist("generation", lambda: self._watched(spec, on_steps))
         if isinstance(outcome, Refused):
             raise RequestError(Reason.FIELD_INVALID, outcome.message)
         assert isinstance(outcome, Drawn)
@@ -145,8 +146,8 @@ class Backend:
         assert isinstance(scores, Scores)
         return scores
 
-    async def _watched(self, request: DrawRequest, on_steps: Callable[[int], None]) -> Outcome:
-        stream = self._generation.options(stream=True).draw_watched.remote(request)
+    async def _watched(self, spec: SampleSpec, on_steps: Callable[[int], None]) -> Outcome:
+        stream = self._generation.options(stream=True).draw_watched.remote(spec)
         try:
             async for event in stream:
                 if isinstance(event, Steps):

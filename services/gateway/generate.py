@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import accord
 from accord.diffusion.seeds import candidate_seed
+from accord.diffusion.specs import SampleSpec
 from accord.v1 import generation_pb2 as pb
 from services.config import CanarySettings, Limits
 from services.gateway import validation
@@ -24,7 +25,6 @@ from services.gateway.canary import role as canary_role
 from services.gateway.errors import Reason, RequestError
 from services.gateway.pictures import encode
 from services.gateway.validation import Plan, Sampling
-from services.generation.messages import DrawRequest
 from services.reward.messages import ScoreRequest
 
 logger = logging.getLogger("ray.serve")
@@ -169,8 +169,8 @@ class Session:
         def on_steps(done: int) -> None:
             self._steps[index] = done
 
-        request = draw_request(models.diffusion.digest, sampling, self._plan.seed, index)
-        pixels = await self._backend.draw(request, on_steps if self._emit else None)
+        spec = sample_spec(models.diffusion.digest, sampling, self._plan.seed, index)
+        pixels = await self._backend.draw(spec, on_steps if self._emit else None)
         self._steps[index] = sampling.steps
         scores = await self._backend.score(ScoreRequest(models.reward.digest, [pixels], [sampling.prompt]))
         return Candidate(index, pixels, scores.rewards[0], scores.similarities[0])
@@ -305,9 +305,9 @@ def with_size(sampling: Sampling, models: Models, prefix: str) -> Sampling:
     return sized
 
 
-def draw_request(digest: str, sampling: Sampling, seed: int, candidate: int) -> DrawRequest:
-    return DrawRequest(
-        digest=digest,
+def sample_spec(digest: str, sampling: Sampling, seed: int, candidate: int) -> SampleSpec:
+    return SampleSpec(
+        model=digest,
         prompt=sampling.prompt,
         negative_prompt=sampling.negative_prompt,
         seed=candidate_seed(seed, candidate),

@@ -9,7 +9,7 @@ from typing import TypeVar
 from accord.v1 import generation_pb2 as pb
 from services.gateway.backend import Backend, ModelGone, Models
 from services.gateway.errors import Reason, RequestError
-from services.gateway.generate import Candidate, draw_request, with_size
+from services.gateway.generate import Candidate, sample_spec, with_size
 from services.gateway.validation import Sampling
 from services.reward.messages import ScoreRequest
 
@@ -31,7 +31,7 @@ async def replay(
         reward = await backend.resolve_reward_or_default(asked.reward_model_digest)
         sized = with_size(sampling, Models(model, reward), "manifest")
         try:
-            pixels = await backend.draw(draw_request(model.digest, sized, asked.seed, asked.candidate))
+            pixels = await backend.draw(sample_spec(model.digest, sized, asked.seed, asked.candidate))
             scores = await backend.score(ScoreRequest(reward.digest, [pixels], [sized.prompt]))
         except ModelGone:
             await backend.refresh()

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from accord.config import resolve_path, validate
 from accord.cpu import use_cpu
 from accord.diffusion.settings import EngineConfig
+from accord.diffusion.specs import SampleSpec
 from accord.errors import ConfigError, EngineClosed, EngineFull
 from services.config import GenerationSettings
-from services.generation.messages import Busy, Drawn, DrawRequest, Outcome, Refused, Steps
+from services.generation.messages import Busy, Drawn, Outcome, Refused, Steps
 from services.metrics import EngineMetrics
 from services.models import Catalogue, Missing, Shelf, as_table
 
@@ -68,12 +69,12 @@ class Generation:
     async def catalogue(self) -> Catalogue:
         return self._shelf.catalogue()
 
-    async def draw(self, request: DrawRequest) -> Outcome:
+    async def draw(self, spec: SampleSpec) -> Outcome:
         """Cancelling the call frees the engine's slot within one step."""
-        with self._shelf.use(request.digest) as model:
+        with self._shelf.use(spec.model) as model:
             if model is None:
-                return Missing(request.digest)
-            ticket = self._submit(request)
+                return Missing(spec.model)
+            ticket = self._submit(spec)
             if isinstance(ticket, Busy | Refused):
                 return ticket
             try:
@@ -83,13 +84,13 @@ class Generation:
             finally:
                 ticket.cancel()
 
-    async def draw_watched(self, request: DrawRequest) -> AsyncIterator[Steps | Outcome]:
+    async def draw_watched(self, spec: SampleSpec) -> AsyncIterator[Steps | Outcome]:
         """The same, with the steps done about five times a second; the outcome comes last."""
-        with self._shelf.use(request.digest) as model:
+        with self._shelf.use(spec.model) as model:
             if model is None:
-                yield Missing(request.digest)
+                yield Missing(spec.model)
                 return
-            ticket = self._submit(request)
+            ticket = self._submit(spec)
             if isinstance(ticket, Busy | Refused):
                 yield ticket
                 return
@@ -119,12 +120,9 @@ class Generation:
         if not self._engine.healthy:
             raise RuntimeError("the denoising engine has ended")
 
-    def _submit(self, request: DrawRequest) -> Ticket | Busy | Refused:
-        from accord.diffusion.batching import SampleSpec
-
-        values = asdict(request)
+    def _submit(self, spec: SampleSpec) -> Ticket | Busy | Refused:
         try:
-            return self._engine.submit(SampleSpec(model=values.pop("digest"), **values))
+            return self._engine.submit(spec)
         except (EngineFull, EngineClosed):
             return Busy()
         except ConfigError as error:

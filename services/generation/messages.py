@@ -1,4 +1,7 @@
-"""What a gateway asks of a generation replica, and what it gets: light, so that gateways import no torch."""
+"""What a generation replica answers a gateway that asks for a `SampleSpec` of a model's digest.
+
+Light, so that gateways import no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.models import Missing
-
-
-@dataclass(frozen=True)
-class DrawRequest:
-    """One candidate. The same request gives the same image on every replica; height and width in pixels."""
-
-    digest: str
-    prompt: str
-    negative_prompt: str
-    seed: int
-    steps: int
-    guidance_scale: float
-    scheduler: str
-    height: int
-    width: int
 
 
 @dataclass(frozen=True)
