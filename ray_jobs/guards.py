@@ -39,7 +39,7 @@ from ray_jobs.snapshots import Snapshots, ask_to_stop, pending, unet_of
 from ray_jobs.stages import write_json
 
 if TYPE_CHECKING:  # takes seconds to import
-    import torch
+    pass
 
 DIRECTORY = "guards"
 MEASUREMENTS, VERDICT = "measurements.jsonl", "verdict.json"
@@ -220,6 +220,7 @@ class Meter:
 
         from accord.diffusion.model import load_diffusion_model
         from accord.guards.probe import Probe
+        from accord.reward.features import TextCache
         from accord.reward.model import RewardModel
 
         if threads is not None:
@@ -227,12 +228,12 @@ class Meter:
         config = recipe.finetune.guards
         assert config is not None
         _, encoder = learn_reward.feature_cache(recipe, run_dir)
-        features = _LastFeatures(encoder)
+        features, texts = _LastFeatures(encoder), TextCache(encoder)
 
         def reward_of(directory: Path) -> Judge:
             model = RewardModel.load(directory, clip=encoder)
             return lambda images, prompts: model.score_features(
-                features(images, prompts), features.texts(prompts)
+                features(images, prompts), texts.text_features(prompts)
             )
 
         grammar = load_grammar(recipe.grammar)
@@ -271,20 +272,11 @@ class _LastFeatures:
         self.encoder = encoder
         self._images: Pixels | None = None
         self._features: Any = None
-        self._texts: dict[str, torch.Tensor] = {}
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Any:
         if self._images is not images:
             self._images, self._features = images, self.encoder.image_features(images)
         return self._features
-
-    def texts(self, prompts: Sequence[str]) -> torch.Tensor:
-        import torch
-
-        missing = [text for text in dict.fromkeys(prompts) if text not in self._texts]
-        if missing:
-            self._texts |= dict(zip(missing, self.encoder.text_features(missing), strict=True))
-        return torch.stack([self._texts[text] for text in prompts])
 
 
 def _several_rewards(recipe: Recipe, run_dir: Path) -> Judge:

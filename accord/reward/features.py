@@ -114,11 +114,11 @@ class TextCache:
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """As `ClipEncoder.text_features`; only texts that are not known are encoded."""
+        if not texts:
+            return self._encoder.text_features(texts)
         new = [text for text in dict.fromkeys(texts) if text not in self._rows]
         for text, row_D in zip(new, self._encoder.text_features(new), strict=True):
             self._rows[text] = row_D.clone()  # a row alone keeps its whole batch in memory
-        if not texts:
-            return self._encoder.text_features(texts)
         features_BD = torch.stack([self._rows[text] for text in texts])
         for text in texts:
             self._rows.move_to_end(text)
