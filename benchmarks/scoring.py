@@ -41,7 +41,7 @@ def main(
     """Prints a Markdown table: milliseconds for a batch, all ways, and the ratio."""
     from accord.reward.model import open_reward
     from services.reward.messages import ScoreRequest, Scores
-    from services.reward.scoring import Judge, Perturbations, score_all
+    from services.reward.scoring import Perturbations, ServedReward, score_all
 
     use_cpu(threads)
     random = np.random.default_rng(0)
@@ -63,16 +63,16 @@ def main(
             if len(answer.scores) != pairs:
                 raise SystemExit(f"asked for {pairs} scores, got {len(answer.scores)}")
 
-        def direct(judge: Judge) -> Callable[[], None]:
-            return lambda: assert_scored(score_all([(judge, asked)], perturbations))
+        def direct(kept: ServedReward) -> Callable[[], None]:
+            return lambda: assert_scored(score_all([(kept, asked)], perturbations))
 
         def assert_scored(scores: list[Scores]) -> None:
             if len(scores[0].rewards) != pairs:
                 raise SystemExit(f"asked for {pairs} scores, got {len(scores[0].rewards)}")
 
         calls: dict[str, Callable[[], None]] = {
-            "direct": direct(Judge(model, text_cache_size=0)),
-            "direct, texts known": direct(Judge(model)),
+            "direct": direct(ServedReward(model, text_cache_size=0)),
+            "direct, texts known": direct(ServedReward(model)),
             "served": served,
         }
         times_ms: dict[str, list[float]] = {name: [] for name in calls}

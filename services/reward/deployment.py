@@ -18,7 +18,7 @@ from services.models import Catalogue, Missing, Shelf, as_table
 from services.reward.messages import ScoreRequest, Scores
 
 if TYPE_CHECKING:  # torch and open_clip take seconds to import, and who deploys needs neither
-    from services.reward.scoring import Judge
+    from services.reward.scoring import ServedReward
 
 SWEEP_S = 1.0
 
@@ -28,7 +28,7 @@ class Reward:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from accord.reward.model import open_reward
-        from services.reward.scoring import Judge, Perturbations, score_each
+        from services.reward.scoring import Perturbations, ServedReward, score_each
 
         self._settings = RewardSettings.model_validate(settings)
         self._score_each = score_each
@@ -36,9 +36,9 @@ class Reward:
         self._worker = ThreadPoolExecutor(1, "reward")
         self._loader = ThreadPoolExecutor(1, "reward loader")
         self._perturbations = Perturbations(load_grammar(self._settings.grammar), self._settings.num_prompts)
-        self._shelf: Shelf[Judge] = Shelf(
-            lambda directory: Judge(open_reward(directory, self._settings.device)),
-            lambda judge: judge.model.digest,
+        self._shelf: Shelf[ServedReward] = Shelf(
+            lambda directory: ServedReward(open_reward(directory, self._settings.device)),
+            lambda served: served.model.digest,
             self._loader,
             self._settings.retire_after_s,
         )
@@ -58,10 +58,10 @@ class Reward:
         return self._shelf.catalogue()
 
     async def score(self, request: ScoreRequest) -> Scores | Missing:
-        with self._shelf.use(request.digest) as judge:
-            if judge is None:
+        with self._shelf.use(request.digest) as served:
+            if served is None:
                 return Missing(request.digest)
-            result: Scores | None = await self._score_batch((judge, request))
+            result: Scores | None = await self._score_batch((served, request))
             if result is None:
                 raise RuntimeError("the pairs could not be scored; the replica's log says why")
             return result
@@ -71,7 +71,7 @@ class Reward:
         return os.getpid()
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.005)
-    async def _score_batch(self, items: list[tuple[Judge, ScoreRequest]]) -> list[Scores | None]:
+    async def _score_batch(self, items: list[tuple[ServedReward, ScoreRequest]]) -> list[Scores | None]:
         begun, count = time.monotonic(), sum(len(request.images) for _, request in items)
         scores = await asyncio.get_running_loop().run_in_executor(
             self._worker, self._score_each, items, self._perturbations

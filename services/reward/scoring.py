@@ -18,7 +18,7 @@ from services.reward.messages import Pixels, ScoreRequest, Scores
 logger = logging.getLogger(__name__)
 
 
-class Judge:
+class ServedReward:
     """A reward model, and what it knows of the prompts that it was asked about last."""
 
     def __init__(self, model: RewardModel, text_cache_size: int = 16384) -> None:
@@ -45,7 +45,7 @@ class Perturbations:
 
 
 def score_each(
-    items: Sequence[tuple[Judge, ScoreRequest]], perturbations: Perturbations
+    items: Sequence[tuple[ServedReward, ScoreRequest]], perturbations: Perturbations
 ) -> list[Scores | None]:
     """Scores of all requests. Should a batch fail, each goes alone: None for the one that is to blame."""
     try:
@@ -57,16 +57,18 @@ def score_each(
     return [scores for item in items for scores in score_each([item], perturbations)]
 
 
-def score_all(items: Sequence[tuple[Judge, ScoreRequest]], perturbations: Perturbations) -> list[Scores]:
+def score_all(
+    items: Sequence[tuple[ServedReward, ScoreRequest]], perturbations: Perturbations
+) -> list[Scores]:
     """Scores of all requests; those of one model go through it together."""
     scores: dict[int, Scores] = {}
     for digest in dict.fromkeys(request.digest for _, request in items):
         rows = [row for row, (_, request) in enumerate(items) if request.digest == digest]
-        judge = items[rows[0]][0]
+        served = items[rows[0]][0]
         images = [image for row in rows for image in items[row][1].images]
         prompts = [prompt for row in rows for prompt in items[row][1].prompts]
         asked = [items[row][1].probability for row in rows for _ in items[row][1].prompts]
-        whole = _score(judge, images, prompts, asked, perturbations)
+        whole = _score(served, images, prompts, asked, perturbations)
         start = 0
         for row in rows:
             end = start + len(items[row][1].images)
@@ -78,19 +80,19 @@ def score_all(items: Sequence[tuple[Judge, ScoreRequest]], perturbations: Pertur
 
 
 def _score(
-    judge: Judge,
+    served: ServedReward,
     images: Sequence[Pixels],
     prompts: Sequence[str],
     asked: Sequence[bool],
     perturbations: Perturbations,
 ) -> Scores:
-    model = judge.model
+    model = served.model
     image_BD = model.encoder.image_features(images)
     wanted = {prompt for prompt, want in zip(prompts, asked, strict=True) if want}
     others = {prompt: perturbations.of(prompt) for prompt in wanted}
     texts = unique([*prompts, *(text for several in others.values() for text in several)])
     rows = {text: row for row, text in enumerate(texts)}
-    text_KD = judge.texts.text_features(texts)
+    text_KD = served.texts.text_features(texts)
     text_BD = text_KD[[rows[prompt] for prompt in prompts]]
     rewards = model.score_features(image_BD, text_BD).cpu().tolist()
     similarities = (image_BD * text_BD).sum(-1).clamp(-1, 1).cpu().tolist()

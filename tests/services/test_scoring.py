@@ -8,7 +8,7 @@ import pytest
 from accord.prompts import load_grammar
 from accord.reward.model import open_reward
 from services.reward.messages import ScoreRequest
-from services.reward.scoring import Judge, Perturbations, score_all, score_each
+from services.reward.scoring import Perturbations, ServedReward, score_all, score_each
 
 CLIP = "pkg://accord.shapes/weights/clip"
 
@@ -33,9 +33,9 @@ def test_requests_scored_together_get_what_they_would_alone(perturbations: Pertu
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     first = ScoreRequest(model.digest, images[:2], ["two red stars", "a dog"], probability=True)
     second = ScoreRequest(model.digest, images[2:], ["blue circle"])
-    judge = Judge(model)
-    together = score_all([(judge, first), (judge, second)], perturbations)
-    alone = [score_all([(Judge(model), request)], perturbations)[0] for request in (first, second)]
+    served = ServedReward(model)
+    together = score_all([(served, first), (served, second)], perturbations)
+    alone = [score_all([(ServedReward(model), request)], perturbations)[0] for request in (first, second)]
     for one, other in zip(together, alone, strict=True):
         assert one.rewards == pytest.approx(other.rewards, abs=1e-5)
         assert one.similarities == pytest.approx(other.similarities, abs=1e-5)
@@ -50,20 +50,20 @@ def test_requests_scored_together_get_what_they_would_alone(perturbations: Pertu
 
 
 def test_prompts_that_were_asked_about_before_are_not_encoded_again(perturbations: Perturbations) -> None:
-    judge = Judge(open_reward(CLIP))
+    served = ServedReward(open_reward(CLIP))
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     prompts = ["two red stars", "blue circle", "two red stars"]
-    request = ScoreRequest(judge.model.digest, images, prompts, probability=True)
-    (first,) = score_all([(judge, request)], perturbations)
+    request = ScoreRequest(served.model.digest, images, prompts, probability=True)
+    (first,) = score_all([(served, request)], perturbations)
     encoded: list[int] = []
-    encode = judge.model.encoder.text_features
-    judge.model.encoder.text_features = lambda texts: encoded.append(len(texts)) or encode(texts)  # type: ignore[method-assign]
-    (again,) = score_all([(judge, request)], perturbations)
+    encode = served.model.encoder.text_features
+    served.model.encoder.text_features = lambda texts: encoded.append(len(texts)) or encode(texts)  # type: ignore[method-assign]
+    (again,) = score_all([(served, request)], perturbations)
     assert again == first
     assert sum(encoded) == 0
     for index in range(3):  # what is scored together is scored as alone
-        one = ScoreRequest(judge.model.digest, images[index : index + 1], prompts[index : index + 1], True)
-        (alone,) = score_all([(judge, one)], perturbations)
+        one = ScoreRequest(served.model.digest, images[index : index + 1], prompts[index : index + 1], True)
+        (alone,) = score_all([(served, one)], perturbations)
         assert alone.probabilities == pytest.approx([first.probabilities[index]], abs=1e-5)
 
 
@@ -72,12 +72,12 @@ def test_a_request_that_cannot_be_scored_takes_no_other_with_it(perturbations: P
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
     good = ScoreRequest(model.digest, images[:2], ["two red stars", "a dog"])
     broken = ScoreRequest(model.digest, [images[2][..., 0]], ["blue circle"])  # no colours
-    judge = Judge(model)
-    items = [(judge, good), (judge, broken), (judge, good)]
+    served = ServedReward(model)
+    items = [(served, good), (served, broken), (served, good)]
     with pytest.raises(Exception):  # noqa: B017 - whatever it is that CLIP says
         score_all(items, perturbations)
     first, second, third = score_each(items, perturbations)
     assert first is not None
-    assert first.rewards == score_all([(judge, good)], perturbations)[0].rewards
+    assert first.rewards == score_all([(served, good)], perturbations)[0].rewards
     assert second is None
     assert third == first
