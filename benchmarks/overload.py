@@ -6,7 +6,6 @@ python -m benchmarks.overload --times 3
 from __future__ import annotations
 
 import contextlib
-import os
 import statistics
 import threading
 import time
@@ -25,6 +24,7 @@ from grpc_status import rpc_status
 from accord.config import resolve_path
 from accord.cpu import use_cpu
 from benchmarks.local import measure_ceiling
+from benchmarks.processes import memory_mib
 from benchmarks.remote import Client, Remote, started
 from benchmarks.rivals import Settings
 from benchmarks.tables import describe, table, write_json
@@ -134,7 +134,7 @@ def _watched(remote: Remote, seen: Seen) -> Iterator[None]:
                     seen.checks_s.append(time.perf_counter() - asked_s)
                 except grpc.RpcError:
                     seen.failed_checks += 1
-                seen.memory_mib.append(_memory_mib(remote.process_id))
+                seen.memory_mib.append(memory_mib(remote.process_id))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -143,22 +143,6 @@ def _watched(remote: Remote, seen: Seen) -> Iterator[None]:
     finally:
         stop.set()
         watcher.join()
-
-
-def _memory_mib(process_id: int) -> float:
-    """Resident memory of a process and all below it, from Linux's /proc; shared pages count for each."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):  # it has just ended
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    below = {process_id}
-    while found := {child for child, parent in parents.items() if parent in below} - below:
-        below |= found
-    pages = 0
-    for process in below:
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            pages += int(Path(f"/proc/{process}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def _has_retry_info(error: Any) -> bool:

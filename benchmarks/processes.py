@@ -1,27 +1,23 @@
-"""CPU time of the processes that serve: what it is does not depend on who else uses the machine."""
+"""What the processes that serve take: memory, and CPU time, which hardly depends on who else is there."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 
 def cpu_s(roots: Iterable[int]) -> float:
     """Seconds of these processes and all their descendants, those that have ended among them."""
-    parents: dict[int, int] = {}
-    ticks: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # it has ended since
-        parents[int(entry.parent.name)] = int(fields[1])
-        ticks[int(entry.parent.name)] = sum(int(field) for field in fields[11:15])
-    wanted, before = set(roots) & ticks.keys(), -1
-    while len(wanted) > before:
-        before = len(wanted)
-        wanted |= {process for process, parent in parents.items() if parent in wanted}
-    return sum(ticks[process] for process in wanted) / os.sysconf("SC_CLK_TCK")
+    stats = _stats()
+    fields = [stats[process] for process in _family(roots, stats)]
+    return sum(int(one) for each in fields for one in each[11:15]) / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mib(root: int) -> float:
+    """Resident memory of a process and all its descendants; shared pages count for each."""
+    stats = _stats()
+    pages = sum(int(stats[process][21]) for process in _family([root], stats))
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def postmaster(url: str) -> list[int]:
@@ -31,3 +27,22 @@ def postmaster(url: str) -> list[int]:
         if file.exists():
             return [int(file.read_text().split()[0])]
     return []
+
+
+def _stats() -> dict[int, list[str]]:
+    """Of every process the fields of Linux's /proc/PID/stat from the third on."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            found[int(entry.parent.name)] = entry.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended since
+    return found
+
+
+def _family(roots: Iterable[int], stats: Mapping[int, list[str]]) -> set[int]:
+    family, before = set(roots) & stats.keys(), -1
+    while len(family) > before:
+        before = len(family)
+        family |= {process for process, fields in stats.items() if int(fields[1]) in family}
+    return family
