@@ -14,7 +14,7 @@ import accord
 from accord.children import become
 from accord.cli import doctor as doctor_command
 from accord.cli import feedback, generation, operate, rating, tokens
-from accord.cli.common import errors_shown
+from accord.cli.common import PASS_ON, errors_shown
 from accord.errors import ConfigError
 
 DEMO_RECIPE = Path("recipes") / "sandbox" / "demo.yaml"
@@ -29,8 +29,6 @@ PERSON = (
 )
 
 _EPILOG = "Each stage takes --recipe FILE, --set SECTION.KEY=VALUE, --run-dir and --address: see its --help."
-# All options go to the job as they are, --help too.
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 app = typer.Typer(
     help=accord.__doc__,
@@ -80,7 +78,7 @@ def _main(
     """Aligns text-to-image diffusion models with human feedback."""
 
 
-@app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
+@app.command(context_settings=PASS_ON, rich_help_panel="Start here")
 def demo(context: typer.Context) -> None:
     """The paper's whole loop on the world of shapes, in minutes: images, votes, reward, tuning, report.
 
@@ -109,55 +107,55 @@ def _for_a_person(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return changes, rest
 
 
-@app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
+@app.command(context_settings=PASS_ON, rich_help_panel="Start here")
 def loop(context: typer.Context) -> None:
     """All stages of one recipe, in order; what is done already is kept."""
     run_job("loop", context.args)
 
 
-@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
+@app.command(context_settings=PASS_ON, rich_help_panel="Stages")
 def collect(context: typer.Context) -> None:
     """Generate the images that are to be judged, and those that the reward will score."""
     run_job("collect", context.args)
 
 
-@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
+@app.command(context_settings=PASS_ON, rich_help_panel="Stages")
 def judge(context: typer.Context) -> None:
     """Have the panel judge the images, and take a snapshot of all judgements."""
     run_job("judge", context.args)
 
 
-@app.command("learn-reward", context_settings=_PASS_ON, rich_help_panel="Stages")
+@app.command("learn-reward", context_settings=PASS_ON, rich_help_panel="Stages")
 def learn_reward(context: typer.Context) -> None:
     """Learn the reward model from a snapshot (the paper's stage 2)."""
     run_job("learn_reward", context.args)
 
 
-@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
+@app.command(context_settings=PASS_ON, rich_help_panel="Stages")
 def finetune(context: typer.Context) -> None:
     """Fine-tune the diffusion model by reward-weighted likelihood (the paper's stage 3)."""
     run_job("finetune", context.args)
 
 
-@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
+@app.command(context_settings=PASS_ON, rich_help_panel="Stages")
 def evaluate(context: typer.Context) -> None:
     """Compare base, control and aligned model over guidance scales, splits and categories."""
     run_job("evaluate", context.args)
 
 
-@app.command(context_settings=_PASS_ON, rich_help_panel="Stages")
+@app.command(context_settings=PASS_ON, rich_help_panel="Stages")
 def report(context: typer.Context) -> None:
     """Write report.html and summary.json of a run."""
     run_job("report", context.args)
 
 
-@app.command(context_settings=_PASS_ON, rich_help_panel="Start here")
+@app.command(context_settings=PASS_ON, rich_help_panel="Start here")
 def study(context: typer.Context) -> None:
     """Compare ways of training over several seeds, with intervals."""
     run_job("study", context.args)
 
 
-@app.command(context_settings=_PASS_ON, rich_help_panel="Serving")
+@app.command(context_settings=PASS_ON, rich_help_panel="Serving")
 def serve(context: typer.Context) -> None:
     """Serve scored generations over gRPC on this machine, until Ctrl-C."""
     become("services.local", context.args)
@@ -180,7 +178,7 @@ app.command(rich_help_panel="Serving")(rating.rate)
 app.command(rich_help_panel="Start here")(doctor_command.doctor)
 
 
-@app.command("pretrain-shapes", context_settings=_PASS_ON, rich_help_panel="Making the sandbox")
+@app.command("pretrain-shapes", context_settings=PASS_ON, rich_help_panel="Making the sandbox")
 def pretrain_shapes(context: typer.Context) -> None:
     """Make the weights of the world of shapes from nothing."""
     run_job("pretrain_shapes", context.args)

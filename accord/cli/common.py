@@ -14,6 +14,9 @@ from accord.errors import AccordError, ConfigError
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
 
+# For a command that becomes another program: all options go there as they are, --help too.
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace what is there already under the same name.")
 ]

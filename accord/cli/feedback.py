@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from accord.children import become
-from accord.cli.common import OverwriteOption, refuse_to_overwrite, refuse_to_replace, within
+from accord.cli.common import PASS_ON, OverwriteOption, refuse_to_overwrite, refuse_to_replace, within
 from accord.config import DATABASE_VARIABLE
 from accord.errors import AccordError, FeedbackError
 
@@ -46,18 +46,17 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 campaign_app = typer.Typer(help="Make and list campaigns.", no_args_is_help=True)
 app.add_typer(campaign_app, name="campaign")
 
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 _out = Console(soft_wrap=True, highlight=False)
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(context_settings=PASS_ON)
 def serve(context: typer.Context) -> None:
     """Serve the rating page, gRPC and metrics until Ctrl-C or SIGTERM."""
     become("services.feedback", ["serve", *context.args])
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(context_settings=PASS_ON)
 def invite(context: typer.Context) -> None:
     """Make an invite link to the rating page for each rater."""
     become("services.feedback", ["invite", *context.args])
