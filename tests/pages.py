@@ -32,8 +32,7 @@ def shrunk(command: str, directory: Path) -> list[str]:
     if "--study" in words:
         words += ["--set", f"run_dir={directory}/study"]
     if command == "make demo":
-        # Without Ray, whose processes take long: ray_jobs/test_loop.py shows that it changes no number.
-        arguments = f"--recipe recipes/sandbox/smoke.yaml --run-dir {directory}/demo --set ray.local=true"
+        arguments = f"--recipe recipes/sandbox/smoke.yaml --run-dir {directory}/demo"
         made = ["-o", f"{venv.parent}/.installed", f"VENV={venv.parent}"]  # this environment, as it is
         return ["make", *made, "demo", f"ARGS={arguments}"]
     if "--recipe" in words and "--run-dir" not in words:
